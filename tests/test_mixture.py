@@ -2,24 +2,29 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import random
+import types
 
+import numpy as np
 import pytest
 from conftest import GOLDEN
 from tiny_run import call
 
 from dpo_jax.cli import identity, splits
+from dpo_jax.cli.commands.dpo import summary_by_source
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, RunConfig, dump_config, load_config
 from dpo_jax.cli.data_sources import load_files, names_of
 from dpo_jax.cli.main import main
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.hash_split import is_held_out, take_side
-from dpo_jax.data.mixture import copy_number, mix, source_names
+from dpo_jax.data.mixture import by_source, copy_number, mix, source_names
 from dpo_jax.data.pairs import DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import encode_all, encode_targets
 from dpo_jax.data.repeats import find_repeats
 from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.losses import dpo_loss, kto_loss
 from dpo_jax.reference import ReferenceCache
 from dpo_jax.report.audit import audited
 from dpo_jax.report.run_record import read_run
@@ -309,6 +314,28 @@ def test_a_mixture_is_audited_by_source(places, capsys):
     assert table.rows[0][:5] == ["train, hh", "2", "hh", "80", "80"]
     assert main(["audit", str(file), "--check"]) == 0
     assert "own: train (trl, 1 file, 60 rows), of which 20.0% of the prompts are held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("desirable", [None, [1, 0, 1, 1, 0]])
+def test_an_evaluation_also_looks_at_each_source(desirable):
+    places = {"hh": [0, 3, 4], "own": [1, 2]}
+    uids = ["hh: test.jsonl:1", "own: a/test.jsonl:1", "own: a/test.jsonl:2", "hh: test.jsonl:2", "hh: test.jsonl:2 (2)"]
+    assert by_source(uids) == places
+    assert by_source(["x/test.jsonl:1", "y/test.jsonl:1"]) == {"x": [0], "y": [1]}
+    assert by_source(["test.jsonl:1", "test.jsonl:2"]) == by_source(["x/test.jsonl:1", "x/test.jsonl:2"]) == {}
+    labels = [None] * 5 if desirable is None else [bool(label) for label in desirable]
+    held_out = [types.SimpleNamespace(uid=u, scored_tokens=[1, 1], desirable=d) for u, d in zip(uids, labels, strict=True)]
+    logps = np.random.default_rng(0).normal(size=(2, 5, 2)).astype(np.float32)
+    loss = functools.partial(dpo_loss if desirable is None else kto_loss, beta=0.5)
+    found = summary_by_source(held_out, *logps, loss=loss)
+    names = ("loss", "rewards/accuracies", "rewards/margins")
+    for source, where in places.items():
+        of_source = summary_by_source([held_out[i] for i in where], *logps[:, where], loss=loss)
+        assert {name: found[f"{source}/{name}"] for name in names} == {name: of_source[name] for name in names}
+        assert not any("/" in name.removeprefix("rewards/").removeprefix("displacement/") for name in of_source)
+    if desirable is None:
+        for name in names:
+            assert found[name] == pytest.approx((3 * found[f"hh/{name}"] + 2 * found[f"own/{name}"]) / 5, abs=1e-6)
 
 
 WRONG = {

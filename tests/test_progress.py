@@ -124,6 +124,12 @@ def test_an_evaluation_fits_a_terminal():
     assert len(line) <= 80
 
 
+def test_an_evaluation_by_source_tells_the_accuracy_of_each():
+    names = {"hh/loss": 0.5, "hh/rewards/accuracies": 0.75, "hh/rewards/margins": 1.0, "a b/rewards/accuracies": 0.5}
+    row = {"step": 8, "eval/loss": 0.6, **{f"eval/{name}": value for name, value in names.items()}, "eval/samples/tokens": 2.0}
+    assert evaluation_line(row) == "eval @8: loss 0.600  hh acc 0.75  a b acc 0.50  samples/tokens 2.000"
+
+
 def test_an_evaluation_of_sft_tells_the_loss_per_token():
     row = {"step": 8, "eval/loss": 152.31, "eval/nll_per_token": np.log(18.4), "eval/other": 2.0}
     assert evaluation_line(row) == "eval @8: loss 152.3  2.912 per token  perplexity 18.40  other 2.000"

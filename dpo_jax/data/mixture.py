@@ -72,6 +72,19 @@ def source_names(paths: Iterable[str]) -> list[str]:
     return [(one if last.count(one) == 1 else path).replace(": ", ":_") for one, path in zip(last, paths, strict=True)]
 
 
+def by_source(uids: Iterable[str]) -> dict[str, list[int]]:
+    """The places of the pairs of each source: of a mixture, or else of each folder of files. Empty unless there are several.
+
+    >>> by_source(["a: train.jsonl:1", "b: x/train.jsonl:7", "a: train.jsonl:2"])
+    {'a': [0, 2], 'b': [1]}
+    """
+    places: dict[str, list[int]] = {}
+    for place, uid in enumerate(uids):
+        source, colon, _ = uid.partition(": ")
+        places.setdefault(source if colon else uid.rpartition("/")[0].partition("/")[0], []).append(place)
+    return places if len(places) > 1 and "" not in places else {}
+
+
 def _copies(uid: str, weight: float) -> int:
     """Number of copies of a pair: the integer part of the weight, plus one if a hash of the uid falls into the fraction."""
     whole = int(weight)

@@ -122,6 +122,10 @@ def _evaluation(row: Row, *, gap: int, places: int) -> str:
     for side in ("chosen", "rejected"):
         if (moved := values.pop(f"displacement/{side}", None)) is not None:
             parts.append(f"{side} {moved:+.{places}f}")
+    for name in [name for name in values if name.endswith("/rewards/accuracies")]:  # of one source of the data
+        source = name.removesuffix("/rewards/accuracies")
+        parts.append(f"{source} acc {values[name]:.2f}")
+        values = {name: value for name, value in values.items() if not name.startswith(f"{source}/")}
     parts += [f"{name} {digits(value)}" for name, value in values.items()]
     return f"eval @{row['step']:.0f}: {(' ' * gap).join(parts)}"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,9 @@ from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.cli.training_samples import sampler_of
+from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import in_order
+from dpo_jax.data.mixture import by_source
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
 from dpo_jax.losses import whole_set_signals
@@ -81,9 +83,7 @@ def run(config: Config) -> int:
                 in_order(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
-            lengths, labels = completion_tokens(held_out), labels_of(held_out)
-            summary = preference_summary(logps, held_out_ref, loss=loss, lengths=lengths, desirable=labels)
-            return {**summary, **sample(state.variables, done)}
+            return {**summary_by_source(held_out, logps, held_out_ref, loss=loss), **sample(state.variables, done)}
 
         moving = None
         if section.refresh_reference_steps is not None:
@@ -127,6 +127,22 @@ def run(config: Config) -> int:
         card = functools.partial(dpo_card, config, run_dir, step=steps_of(state, partitioner))
         write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0
+
+
+def summary_by_source(
+    held_out: Sequence[Encoded], logps: np.ndarray, ref_logps: np.ndarray, *, loss: Callable[..., Any]
+) -> dict[str, float]:
+    """`preference_summary` of all held-out pairs, and `NAME/loss` and so on of each source if there are several."""
+
+    def of(places: Any) -> dict[str, float]:
+        options = {"lengths": lengths[places], "desirable": None if labels is None else labels[places]}
+        return preference_summary(logps[places], ref_logps[places], loss=loss, **options)
+
+    lengths, labels, summary = completion_tokens(held_out), labels_of(held_out), {}
+    for source, places in by_source(pair.uid for pair in held_out).items():
+        found = of(places)
+        summary |= {f"{source}/{name}": found[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
+    return {**of(slice(None)), **summary}
 
 
 def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
