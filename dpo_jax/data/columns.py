@@ -65,7 +65,12 @@ def truth(row: Row, field: str) -> bool:
     value = column(row, field)
     if isinstance(value, CsvText):
         value = {"true": True, "false": False}.get(value.strip().lower(), value)
-    found = value if isinstance(value, bool) else number(row, field)
+    try:
+        found = value if isinstance(value, bool) else number(row, field)
+    except BadRow as problem:
+        if not isinstance(value, CsvText) or problem.cause != Cause.WRONG_TYPE:
+            raise
+        raise BadRow(problem.cause, f"true or false, or 1 or 0, is needed, this is {value[:40]!r}", field=field) from None
     if found not in (0, 1):
         raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}", field=field)
     return bool(found)
