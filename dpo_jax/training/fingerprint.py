@@ -96,6 +96,21 @@ def check_length(saved: SavedRun | None, *, steps: int) -> None:
         )
 
 
+def check_epochs(saved: SavedRun | None, *, epochs: float | None, examples: int, batch: int) -> None:
+    """Raises `RunMismatch` if the run has seen more examples than `epochs` passes hold; None: its length is in steps.
+
+    `check_length` does not find this if both end with the same, smaller batch.
+    """
+    if saved is None or epochs is None:
+        return
+    seen, asked = saved.step * batch - behind(saved, examples=examples, batch=batch), seen_in(epochs, examples)
+    if asked < seen:
+        raise RunMismatch(
+            f"{saved.place} has seen {seen:,} examples, but {asked:,} are asked for ({epochs:g} epochs of {examples:,}): "
+            "a run can be made longer, not shorter"
+        )
+
+
 def check_weights(saved: SavedRun | None, **digests: str) -> None:
     """Raises `RunMismatch` if weights differ from those of the saved run. `digests`: by name, such as `start` and
     `reference`."""
