@@ -116,7 +116,7 @@ def test_messages_are_read_from_json_in_a_cell(tmp_path, tokenizer):
         (b'prompt,chosen,rejected\np,"[{""role"": ""user"", ""con",b\n', "chosen: invalid_json: messages must be valid JSON"),
         (
             b"prompt,completions\np,\"['a', 'b']\"\n",
-            "train.csv:2: completions: wrong_type: a list of completions is needed, this is CsvText",
+            "train.csv:2: completions: wrong_type: a list of completions is needed, this is str",
         ),
     ],
 )

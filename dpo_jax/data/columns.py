@@ -31,6 +31,9 @@ class CsvText(str):
     __slots__ = ()
 
 
+CsvText.__name__ = "str"  # messages name the types of values
+
+
 def shown_names(names: Iterable[str]) -> str:
     """Quoted column names for a message: the first few, each shortened."""
     names = list(names)
