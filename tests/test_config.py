@@ -466,6 +466,12 @@ def test_several_values_are_a_text_with_commas_or_a_list(tmp_path):
     config = load_config(path)
     assert (config.frontier.methods, config.frontier.dpo_betas, config.frontier.ppo_kls) == ("dpo,ipo", "0.1,1e-2", "4")
     assert config.lora.targets == "query,v_proj"
+    path.write_text(
+        "judge: {a: [one.jsonl, B=two.jsonl]}\nreport: {runs: [runs/a, runs/b]}\nrobust: {topics: [acting, plot]}\n"
+    )
+    config = load_config(path)
+    assert (config.judge.a, config.report.runs) == ("one.jsonl,B=two.jsonl", "runs/a,runs/b")
+    assert config.robust.topics == "acting,plot"
     for text, words in {
         "[dpo, [x]]": "expected a text or a number in the list, got a list",
         "[dpo, true]": "expected a text or a number in the list, got the truth value 'true'",

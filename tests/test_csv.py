@@ -106,10 +106,17 @@ def test_messages_are_read_from_json_in_a_cell(tmp_path, tokenizer):
         ),
         (b"prompt,chosen,rejected\np,a\0b,b\n", "train.csv:2: chosen: nul"),
         (b"prompt,chosen,rejected\np,\"[{'role': 'user'}]\",b\n", "train.csv:2: chosen: wrong_type: .*Python's notation"),
-        (b"prompt,completion,label\np,c,maybe\n", "train.csv:2: label: wrong_type: a number is needed, this is 'maybe'"),
+        (b"prompt,completion,label\np,c,maybe\n", "label: wrong_type: true or false, or 1 or 0, is needed, this is 'maybe'"),
+        (b"prompt,chosen,rejected\rp,a,b\r", r"train.csv:1: bad_csv: a carriage return \(CR\) alone"),
+        (b"prompt,chosen,rejected,pr\xe9nom\np,a,b,c\n", "train.csv:1: invalid_utf8: name of column 4: byte 0xe9"),
+        (b"prompt,chosen,rejected,a\0b\np,a,b,c\n", "train.csv:1: nul: name of column 4"),
+        (b'prompt,chosen,rejected\np, "a",b\n', "train.csv:2: chosen: bad_csv: a space before the opening quote"),
+        (b"prompt,chosen,rejected\np,\"{'role': 'assistant', 'content': 'a'}\",b\n", "chosen: wrong_type: .*Python's notation"),
+        (b"prompt,chosen,rejected\np,\"[{'from': 'gpt', 'value': 'a'}]\",b\n", "chosen: wrong_type: .*Python's notation"),
+        (b'prompt,chosen,rejected\np,"[{""role"": ""user"", ""con",b\n', "chosen: invalid_json: messages must be valid JSON"),
         (
             b"prompt,completions\np,\"['a', 'b']\"\n",
-            "train.csv:2: completions: wrong_type: a list of completions is needed, this is CsvText",
+            "train.csv:2: completions: wrong_type: a list of completions is needed, this is str",
         ),
     ],
 )
@@ -135,3 +142,66 @@ def test_row_numbers_of_pandas_are_not_a_column_without_a_name(tmp_path):
     found = load(tmp_path, b",prompt,chosen,rejected\n0,p,a,b\n")
     assert [pair.prompt for pair in found] == ["p"]
     assert any("'index'" in note for note in found.report.notes)
+
+
+FEW = [("p", "a; b", "c")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'sep=;\r\nprompt;chosen;rejected\r\np;"a; b";c\r\n',
+        b'"sep=|"\nprompt|chosen|rejected\np|a; b|c\n',
+        b'\r\n;;\r\nprompt;chosen;rejected\r\np;"a; b";c\r\n',
+        b'prompt, chosen, rejected\np, "a; b", c\n',
+        b'"prompt", "chosen", "rejected"\n"p", "a; b", "c"\n',
+        b",index,prompt,chosen,rejected\n0,0,p,a; b,c\n",
+    ],
+)
+def test_first_lines_of_spreadsheets_and_of_people(content, tmp_path):
+    found = load(tmp_path, content)
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == FEW
+    assert int(found[0].uid.rpartition(":")[2]) == content.count(b"\n")
+
+
+def test_a_cell_may_begin_with_a_space_and_a_quote(tmp_path):
+    [pair] = load(tmp_path, table([{"prompt": ' "p"', "chosen": ' "a", "b"', "rejected": ' "c"'}]))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (' "p"', ' "a", "b"', ' "c"')
+
+
+def test_blank_rows_of_a_spreadsheet_are_skipped_and_counted(tmp_path):
+    found = load(tmp_path, b"prompt;chosen;rejected\np;a;b\n;;\n\n ; ;\nq;a;b\n")
+    assert [pair.prompt for pair in found] == ["p", "q"]
+    assert "train.csv: 3 blank rows skipped" in found.report.notes
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_messages_in_every_form_that_json_lines_may_have(indent, tmp_path, tokenizer):
+    tokenizer.chat_template = CHAT
+    user, good, bad = (
+        {"role": role, "content": text} for role, text in (("user", "u"), ("assistant", "a"), ("assistant", "b"))
+    )
+    shared = [{"from": role, "value": text} for role, text in (("human", "u"), ("gpt", "a"), ("gpt", "b"))]
+    rows = [([user], [good], [bad]), ("u", good, bad), tuple([turn] for turn in shared)]
+    cells = [[one if isinstance(one, str) else json.dumps(one, indent=indent) for one in row] for row in rows]
+    found = load(
+        tmp_path, table([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in cells]), tokenizer=tokenizer
+    )
+    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in found] == [("<user>u<assistant>", "a", "b")] * 3
+
+
+@pytest.mark.parametrize("text", ['[{"from": "A", "to": "B"}]', '{"role": 3}', '[{"a": 1', "[]", '{"value": 1, "from": 2}'])
+def test_json_that_holds_no_messages_stays_text(text, tmp_path):
+    [pair] = load(tmp_path, table([{"prompt": "p", "chosen": text, "rejected": "b"}]))
+    assert pair.chosen == text
+
+
+@pytest.mark.parametrize("column", ["system", "subset", "images", "image", "tools", "chat_template_kwargs"])
+def test_an_empty_cell_of_an_optional_column_is_nothing(column, tmp_path):
+    [pair] = load(tmp_path, f"prompt,chosen,rejected,{column}\np,a,b,\n".encode())
+    assert (pair.prompt, pair.images, pair.subset) == ("p", (), None)
+
+
+def test_where_no_row_can_be_read_the_rows_are_to_blame_and_not_their_kind(tmp_path):
+    with pytest.raises(DataError, match="train.csv:2: wrong_type: 2 cells"):
+        load(tmp_path, b"text\nhello, you\n", rows="demonstrations")

@@ -295,7 +295,11 @@ def test_other_held_out_pairs_are_noticed(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("examples", "batch", "parts"), [(10, 4, (1, 2)), (10, 4, (1, 3, 4)), (7, 7, (1, 2)), (5, 8, (1, 2, 4)), (9, 2, (2, 3))]
+    ("examples", "batch", "parts"),
+    [
+        *((10, 4, (1, 2)), (10, 4, (1, 3, 4)), (7, 7, (1, 2)), (5, 8, (1, 2, 4)), (9, 2, (2, 3))),
+        *((10, 4, (0.01, 0.5, 0.6, 2)), (11, 4, (0.3, 1.5, 3)), (5, 8, (0.1, 0.5, 1))),
+    ],
 )
 def test_no_example_is_lost_or_doubled_when_a_run_becomes_longer(examples, batch, parts):
     seen, saved, taken = [], None, 0
@@ -308,6 +312,17 @@ def test_no_example_is_lost_or_doubled_when_a_run_becomes_longer(examples, batch
     assert seen == [
         *np.concatenate([batch_indices(examples, batch=examples, seed=0, step=epoch) for epoch in range(parts[-1])])
     ]
+
+
+def test_a_run_that_saw_more_examples_does_not_become_shorter_in_as_many_steps():
+    saved = earlier(2, epochs=0.75)  # 18 of 24 examples, in batches of 16 and 2
+    assert total_steps(24, batch=16, epochs=0.5, behind=fingerprint.behind(saved, examples=24, batch=16)) == 2
+    with pytest.raises(RunMismatch, match="has seen 18 examples, but 12 are asked for .0.5 epochs of 24.: a run can be made"):
+        fingerprint.check_epochs(saved, epochs=0.5, examples=24, batch=16)
+    for epochs in (0.75, 1, None):
+        fingerprint.check_epochs(saved, epochs=epochs, examples=24, batch=16)
+    fingerprint.check_epochs(earlier(1, epochs=0.75), epochs=0.7, examples=24, batch=16)
+    fingerprint.check_epochs(None, epochs=0.5, examples=24, batch=16)
 
 
 def test_a_run_extended_before_its_end_is_as_if_it_had_always_been_longer():

@@ -231,7 +231,7 @@ def test_layouts(names, tmp_path):
     ("names", "detail"),
     [
         (["test.jsonl"], "no file of split 'train'; the folder holds test.jsonl"),
-        (["train.csv"], "train.csv is not read: convert it to JSON Lines"),
+        (["train.xlsx"], "train.xlsx is not read: convert it to JSON Lines"),
         (["default/train/0000.jsonl"], "the split is in .*/default/train: give the folder .*/default"),
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),

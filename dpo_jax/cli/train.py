@@ -139,6 +139,7 @@ def plan_training(
         fingerprint.check_held_out(saved, record)
     with identity.refusing_mismatch(identity.LONGER):
         fingerprint.check_length(saved, steps=steps)
+        fingerprint.check_epochs(saved, epochs=epochs, examples=len(data.train), batch=section.batch)
     return TrainingPlan(data, saved, layout, held_out_layout, behind, steps, epochs, digest, record)
 
 

@@ -31,6 +31,9 @@ class CsvText(str):
     __slots__ = ()
 
 
+CsvText.__name__ = "str"  # messages name the types of values
+
+
 def shown_names(names: Iterable[str]) -> str:
     """Quoted column names for a message: the first few, each shortened."""
     names = list(names)
@@ -65,7 +68,12 @@ def truth(row: Row, field: str) -> bool:
     value = column(row, field)
     if isinstance(value, CsvText):
         value = {"true": True, "false": False}.get(value.strip().lower(), value)
-    found = value if isinstance(value, bool) else number(row, field)
+    try:
+        found = value if isinstance(value, bool) else number(row, field)
+    except BadRow as problem:
+        if not isinstance(value, CsvText) or problem.cause != Cause.WRONG_TYPE:
+            raise
+        raise BadRow(problem.cause, f"true or false, or 1 or 0, is needed, this is {value[:40]!r}", field=field) from None
     if found not in (0, 1):
         raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}", field=field)
     return bool(found)

@@ -7,6 +7,8 @@ its rows cannot be counted.
 from __future__ import annotations
 
 import csv
+import itertools
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -17,38 +19,58 @@ from dpo_jax.untrusted import LIMITS, LongLine, TooDeep, parse_json
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # spreadsheets in many countries write semicolons
+_LONGEST = 32767  # characters of a cell in Excel
+_STATED = re.compile(r'"?sep=([,;\t|])"?[\r\n]*')  # a first line for Excel
+_ROLES = r"(?:system|user|assistant|tool|human|gpt)"
+_PYTHON = re.compile(rf"\s*+(?:\[\s*+\{{\s*+'(?:role|content)'\s*+:|\[?+\s*+\{{\s*+'(?:role|from)'\s*+:\s*+'{_ROLES}')")
+_JSON = re.compile(r'\s*+\[?+\s*+\{\s*+"')
+_MESSAGES = re.compile(rf'\s*+\[\s*+\{{\s*+"(?:role|from)"\s*+:\s*+"{_ROLES}"')
 
 
 def csv_rows(name: str, lines: Iterator[bytes | LongLine], *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:
     """The rows of a CSV or TSV file as `(where, row)`, `where` being "name:line" of a row's first line, counted from 1.
 
     `lines` are those of the file, without a byte order mark. Cells are separated as the first line is (`_SEPARATORS`); a .tsv
-    file by tabs. A cell that holds messages as JSON becomes a list of messages. Blank lines are skipped. Raises `DataError`
-    for a quote that is never closed or ends inside a cell, for two columns of one name and for a column without a name.
+    file by tabs; a line `sep=;` before the first, as Excel reads it, names another. If a space follows every separator of the
+    first line, it is not part of any cell. A cell that holds messages as JSON becomes a list of messages. Blank rows are
+    skipped, which a note counts. Raises `DataError` for a quote that is never closed or ends inside a cell, for two columns of
+    one name and for a column without a name.
     """
     texts = _Texts(name, lines)
-    first = next(texts, "")
+    before, first = _first(texts)
     separator = "\t" if name.endswith((".tsv", ".tsv.gz")) else _separator(first)
+    if stated := _STATED.fullmatch(first):
+        separator, before = stated[1], [*before, "\n"]
+        first = next(texts, "")
     if separator != "," and name.endswith((".csv", ".csv.gz")):
-        report.notes.append(f"{name}: cells are separated by {_SEPARATORS[separator]}")
+        report.notes.append(f"{name}: cells are separated by {_SEPARATORS.get(separator, repr(separator))}")
+    outside = _outside(first)
+    if spaced := outside.count(separator) == outside.count(f"{separator} ") > 0:
+        report.notes.append(f"{name}: a space follows each separator of the first line, so spaces there are not read")
     # The limit is one for the whole process. It bounds what an open quote can gather.
     csv.field_size_limit(min(LIMITS.line_mb * 2**20, 2**31 - 1))
-    reader = csv.reader(_again(first, texts), delimiter=separator, strict=True)
+    again = itertools.chain(before, [first], texts)
+    reader = csv.reader(again, delimiter=separator, strict=True, skipinitialspace=spaced)
     header: list[str] = []
+    blank = 0
     while True:
         begins = reader.line_num + 1
+        texts.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
             _refuse_quotes(name, begins, error)
         if cells is None:
-            return
-        if not cells:  # a blank line
-            continue
-        if not header:
+            break
+        if _is_blank(cells, header):
+            blank += bool(header)
+        elif not header:
             header = _header(name, begins, cells)
         else:
-            yield f"{name}:{begins}", _row(header, cells)
+            problem = _spaced_quote(cells, header, texts.read, separator)
+            yield f"{name}:{begins}", problem or _row(header, cells)
+    if blank:
+        report.notes.append(f"{name}: {blank} blank rows skipped")
 
 
 class _Texts(Iterator[str]):
@@ -56,31 +78,65 @@ class _Texts(Iterator[str]):
 
     def __init__(self, name: str, lines: Iterator[bytes | LongLine]) -> None:
         self._name, self._lines, self._number = name, lines, 0
+        self.read: list[str] = []  # since `clear`
+
+    def clear(self) -> None:
+        self.read.clear()
 
     def __next__(self) -> str:
         line = next(self._lines)
         self._number += 1
         if isinstance(line, LongLine):
             refuse(Cause.LINE_TOO_LONG, f"{self._name}:{self._number}", str(line))
-        return line.decode("utf-8", errors="surrogateescape")
+        self.read.append(line.decode("utf-8", errors="surrogateescape"))
+        return self.read[-1]
 
 
-def _again(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _first(texts: Iterator[str]) -> tuple[list[str], str]:
+    """The blank lines at the beginning, also those of separators alone, and the first other line."""
+    before = []
+    for line in texts:
+        if line.strip().strip(",;"):
+            return before, line
+        before.append(line)
+    return before, ""
+
+
+def _outside(line: str) -> str:
+    """What of a line is outside of quotes."""
+    return "".join(line.split('"')[::2])
 
 
 def _separator(line: str) -> str:
     """The separator that occurs most often outside of quotes; a comma if none does."""
-    outside = "".join(line.split('"')[::2])
-    return max(_SEPARATORS, key=outside.count)
+    return max(_SEPARATORS, key=_outside(line).count)
+
+
+def _is_blank(cells: list[str], header: list[str]) -> bool:
+    """Whether a row is a blank line, or has several cells and all are blank, as spreadsheets write it."""
+    return not cells or ((len(cells) > 1 or not header) and not any(cell.strip() for cell in cells))
+
+
+def _spaced_quote(cells: list[str], header: list[str], lines: list[str], separator: str) -> BadRow | None:
+    """The problem of a cell written as `, "text"`: after a space a quote is part of the text. In a cell whose text has such
+    quotes they would be doubled."""
+    for place, cell in enumerate(cells):
+        if cell.startswith(" ") and len(cell.strip()) > 2 and cell.strip()[0] == cell.strip()[-1] == '"':
+            line = "".join(lines)
+            if line.startswith(cell) or f"{separator}{cell}" in line:
+                detail = "a space before the opening quote makes the quotes part of the text; remove these spaces from the file"
+                return BadRow(Cause.BAD_CSV, detail, field=header[place] if place < len(header) else "")
+    return None
 
 
 def _header(name: str, line: int, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
     if "" in header and header.index("") == 0 and len(header) > 1:
-        header[0] = "index"  # `pandas.DataFrame.to_csv` writes row numbers without a name
+        # `pandas.DataFrame.to_csv` writes row numbers without a name.
+        header[0] = "index" if "index" not in header else "row number"
     for number, cell in enumerate(header, 1):
+        if (damage := _damage(cell, f"name of column {number}")) is not None:
+            refuse(damage.cause, f"{name}:{line}", f"{damage.field}: {damage.detail}")
         if not cell:
             refuse(Cause.MISSING_COLUMN, f"{name}:{line}", f"column {number} has no name; the first line must name all columns")
         if header.count(cell) > 1:
@@ -94,12 +150,8 @@ def _row(header: list[str], cells: list[str]) -> Row | BadRow:
         return BadRow(Cause.WRONG_TYPE, detail)
     row = {}
     for column, cell in zip(header, cells, strict=True):
-        if (nul := cell.find("\0")) >= 0:
-            return BadRow(Cause.NUL, f"NUL at character {nul} of the cell", field=column)
-        foreign = next((character for character in cell if "\udc80" <= character <= "\udcff"), None)
-        if foreign is not None:
-            detail = f"byte {ord(foreign) - 0xDC00:#04x} is not UTF-8; save the file as UTF-8 (in Excel: 'CSV UTF-8')"
-            return BadRow(Cause.INVALID_UTF8, detail, field=column)
+        if (damage := _damage(cell, column)) is not None:
+            return damage
         value = _value(cell, column)
         if isinstance(value, BadRow):
             return value
@@ -107,25 +159,48 @@ def _row(header: list[str], cells: list[str]) -> Row | BadRow:
     return row
 
 
+def _damage(cell: str, field: str) -> BadRow | None:
+    if (nul := cell.find("\0")) >= 0:
+        return BadRow(Cause.NUL, f"NUL at character {nul} of the cell", field=field)
+    foreign = next((character for character in cell if "\udc80" <= character <= "\udcff"), None)
+    if foreign is None:
+        return None
+    detail = f"byte {ord(foreign) - 0xDC00:#04x} is not UTF-8; save the file as UTF-8 (in Excel: 'CSV UTF-8')"
+    return BadRow(Cause.INVALID_UTF8, detail, field=field)
+
+
 def _value(cell: str, column: str) -> Any:
-    """A cell as text; as a list where it holds messages in JSON; a `BadRow` where it holds messages in Python's notation."""
-    begin = cell[:100].replace(" ", "")
-    if not begin.startswith(('[{"', "[{'")):
-        return CsvText(cell)
-    if begin.startswith(("[{'role'", "[{'content'")):
+    """A cell as text; as a list where it holds messages in JSON, or one message.
+
+    A `BadRow` where it holds messages in Python's notation, or messages that are not valid JSON, such as cut ones.
+    """
+    if _PYTHON.match(cell):
         detail = "messages in Python's notation, which cannot be read reliably; save the data as JSON Lines (.jsonl) or parquet"
         return BadRow(Cause.WRONG_TYPE, detail, field=column)
+    if not _JSON.match(cell):
+        return CsvText(cell)
     try:
         found = parse_json(cell.encode())
-    except (ValueError, TooDeep, RecursionError):
-        return CsvText(cell)
-    messages = isinstance(found, list) and all(isinstance(item, Mapping) and "role" in item for item in found)
-    return found if messages else CsvText(cell)
+    except (ValueError, TooDeep, RecursionError) as error:
+        if not _MESSAGES.match(cell):
+            return CsvText(cell)
+        cut = f"; a spreadsheet cuts cells at {_LONGEST:,} characters" if len(cell) == _LONGEST else ""
+        return BadRow(Cause.INVALID_JSON, f"messages must be valid JSON: {error}{cut}", field=column)
+    if isinstance(found, Mapping):
+        return [found] if found.keys() >= {"role", "content"} else CsvText(cell)
+    return found if all(isinstance(item, Mapping) and _is_message(item) for item in found) else CsvText(cell)
+
+
+def _is_message(item: Mapping[str, Any]) -> bool:
+    return "role" in item or item.keys() >= {"from", "value"}
 
 
 def _refuse_quotes(name: str, line: int, error: csv.Error) -> NoReturn:
     if "field larger" in str(error) or "unexpected end of data" in str(error):
         what = 'a quote (") opens in this row and is never closed'
+    elif "new-line character" in str(error):
+        detail = "a carriage return (CR) alone, which ends no line here; save the file with line ends LF or CR LF"
+        refuse(Cause.BAD_CSV, f"{name}:{line}", f"{detail}, and cells with line breaks in quotes")
     else:
         what = f"quotes are wrong in this row ({error})"
     remedy = 'a cell with a quote, a separator or a line break stands in quotes, and a quote inside is doubled ("")'

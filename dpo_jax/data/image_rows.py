@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.data.columns import UNREAD, Row
+from dpo_jax.data.columns import UNREAD, CsvText, Row
 from dpo_jax.data.images import Source, from_base64, open_image
 from dpo_jax.data.pairs import BadRow, Cause, Preference
 
@@ -70,8 +70,7 @@ def _has_token(tokenizer: Any, token: str) -> bool:
 
 def names_images(row: Row) -> bool:
     """Whether the prompt of a row shows an image, valid or not."""
-    column = any(row.get(name) not in (None, [], UNREAD) for name in COLUMNS)
-    return column or any(_is_image(part) for part in _parts(row.get("prompt")))
+    return any(row[name] != [] for name in _filled(row)) or any(_is_image(part) for part in _parts(row.get("prompt")))
 
 
 def take_images(row: Row, tokenizer: Any) -> tuple[Row, tuple[Source, ...]]:
@@ -132,9 +131,19 @@ def image_starts(ids: np.ndarray, *, soft: int, tokens: int, images: int) -> np.
     return starts.astype(np.int32)
 
 
+def _filled(row: Row) -> list[str]:
+    """The image columns that hold a value; an empty cell of a CSV file is none."""
+    values = {name: row[name] for name in COLUMNS if name in row}
+    return [
+        name
+        for name, value in values.items()
+        if value is not None and value is not UNREAD and not (isinstance(value, CsvText) and not value.strip())
+    ]
+
+
 def _column(row: Row) -> list[Any]:
     """The images in the row's column; [] without that column."""
-    named = [name for name in COLUMNS if row.get(name) is not None and row[name] is not UNREAD]
+    named = _filled(row)
     if not named:
         return []
     if len(named) > 1:

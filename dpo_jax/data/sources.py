@@ -103,7 +103,8 @@ def load_preferences(
     folders = {name: path.parent for name, path in files}  # image paths are relative to these
     lines = reading.rows(files)
     stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
-    check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
+    if report.format != "auto":  # it is if no row can be read
+        check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
     preferences: list[Preference] = []
     try:
         if report.format != "auto":

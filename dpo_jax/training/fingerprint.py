@@ -13,8 +13,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_jax.data.loader import seen_in
-
 if TYPE_CHECKING:
     from dpo_jax.types import Model
 
@@ -78,8 +76,14 @@ def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
     was = saved.fingerprint
     if was.get("steps"):  # all batches were full
         return was.get("behind", 0)
-    seen = min(saved.step * batch - was.get("behind", 0), seen_in(was["epochs"], examples))
+    seen = min(saved.step * batch - was.get("behind", 0), _seen_in(was["epochs"], examples))
     return saved.step * batch - seen
+
+
+def _seen_in(epochs: float, examples: int) -> int:
+    from dpo_jax.data.loader import seen_in  # imported here: it imports JAX, and `--check` does without
+
+    return seen_in(epochs, examples)
 
 
 def run_length(fingerprint: Mapping[str, Any]) -> str:
@@ -93,6 +97,21 @@ def check_length(saved: SavedRun | None, *, steps: int) -> None:
     if saved is not None and steps < saved.step:
         raise RunMismatch(
             f"{saved.place} has taken {saved.step} steps, but {steps} are asked for: a run can be made longer, not shorter"
+        )
+
+
+def check_epochs(saved: SavedRun | None, *, epochs: float | None, examples: int, batch: int) -> None:
+    """Raises `RunMismatch` if the run has seen more examples than `epochs` passes hold; None: its length is in steps.
+
+    `check_length` does not find this if both end with the same, smaller batch.
+    """
+    if saved is None or epochs is None:
+        return
+    seen, asked = saved.step * batch - behind(saved, examples=examples, batch=batch), _seen_in(epochs, examples)
+    if asked < seen:
+        raise RunMismatch(
+            f"{saved.place} has seen {seen:,} examples, but {asked:,} are asked for ({epochs:g} epochs of {examples:,}): "
+            "a run can be made longer, not shorter"
         )
 
 

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Literal
 
+from dpo_jax.cli.config.file import TextList
+
 OF_DATA = ("chosen", "sft_target")
 MOST_TOKENS = 10**9  # of one answer
 
@@ -16,7 +18,7 @@ class JudgeConfig:
     """Win rates by an LLM judge behind an OpenAI-compatible endpoint (sections 6.2 to 6.4). Its key comes from the
     environment."""
 
-    a: str | None = None
+    a: TextList | None = None
     """Completions of the policy, as `sample` writes them: FILE or NAME=FILE; several files, separated by commas, give a
     curve each."""
     b: str = "chosen"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+from dpo_jax.cli.config.file import TextList
+
 
 @dataclasses.dataclass(frozen=True)
 class ReportConfig:
     """One page about one or more runs: data, curves, evaluation, samples, failures, and which weights were scored."""
 
-    runs: str | None = None
+    runs: TextList | None = None
     """Run directories, separated by commas (short: name them right after `report`, separated by spaces)."""
     out: str | None = None
     """Folder for report.html, report.md and images/; none: report/ in the first run directory. Only an earlier report is

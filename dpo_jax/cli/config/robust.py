@@ -22,7 +22,7 @@ class RobustConfig:
     """noise: fractions of the training labels that are flipped."""
     losses: TextList = ",".join(LOSSES)
     """noise: losses to run at every beta: dpo, cdpo (conservative), robust, ipo. cdpo and robust are given the flip rate."""
-    topics: str = "acting,plot"
+    topics: TextList = "acting,plot"
     """shift: topics of the first family of prompts; the second family has the other topics."""
     widths: TextList = "64,96"
     """overoptimisation: hidden sizes of the models, each with its own SFT; the rest of section model applies to all of them."""
