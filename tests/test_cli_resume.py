@@ -67,12 +67,29 @@ def test_samples_at_each_evaluation_change_nothing_and_are_the_same_after_a_kill
     (run / "dpo" / "samples" / "step-00000008.jsonl").write_text("torn")
     assert call("dpo", done.config, *flags).code == 0
     assert bytes_of(run / "dpo" / "samples") == files
-    # More of them may be asked for when a run continues; other devices draw the same.
-    for devices in ("pmap", "mesh"):
-        apart = ("--run.dir", tmp_path / devices, *flags[2:], "--run.devices", devices, "--mesh.fsdp", 4)
-        apart = apart if devices == "mesh" else apart[:-2]
-        assert call("dpo", done.config, *apart).code == 0
-        assert (tmp_path / devices / "dpo" / "samples" / "step-00000000.jsonl").read_bytes() == files["step-00000000.jsonl"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("devices", [("pmap",), ("mesh", "--mesh.fsdp", 4)])
+def test_samples_of_training_are_those_of_one_device(done, tmp_path, devices):
+    files = []
+    for flags in ((), ("--run.devices", *devices)):
+        run = tmp_path / f"run {len(flags)}"
+        start = ("--run.dir", run, "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
+        samples = (
+            "--dpo.eval-samples",
+            3,
+            "--eval.max-new-tokens",
+            12,
+            "--run.eval-at-start",
+            "--dpo.steps",
+            1,
+            "--dpo.epochs",
+            1,
+        )
+        assert call("dpo", done.config, *start, *samples, *flags).code == 0
+        files.append((run / "dpo" / "samples" / "step-00000000.jsonl").read_bytes())
+    assert files[0] == files[1]
 
 
 # When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.

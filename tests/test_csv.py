@@ -1,5 +1,6 @@
 """CSV and TSV files of preferences: every cell arrives as it was written, and nothing is lost without a word."""
 
+import copy
 import csv
 import gzip
 import io
@@ -25,6 +26,13 @@ ROWS = [{"prompt": f"Q{i} {text}", "chosen": text, "rejected": f"not {text}"} fo
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def chatty(tokenizer):
+    """A copy of the tokenizer that all tests share, with a chat template."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def table(rows, *, separator=",", **options):
@@ -76,7 +84,7 @@ def test_numbers_and_truth_values(tmp_path):
 
 
 def test_messages_are_read_from_json_in_a_cell(tmp_path, tokenizer):
-    tokenizer.chat_template = CHAT
+    tokenizer = chatty(tokenizer)
     rows = [
         {
             "prompt": json.dumps([{"role": "user", "content": 'say "hi"'}]),
@@ -177,7 +185,7 @@ def test_blank_rows_of_a_spreadsheet_are_skipped_and_counted(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_messages_in_every_form_that_json_lines_may_have(indent, tmp_path, tokenizer):
-    tokenizer.chat_template = CHAT
+    tokenizer = chatty(tokenizer)
     user, good, bad = (
         {"role": role, "content": text} for role, text in (("user", "u"), ("assistant", "a"), ("assistant", "b"))
     )

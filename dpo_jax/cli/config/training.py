@@ -32,7 +32,7 @@ class TrainingConfig(OptimizerConfig):
 
     batch: int = 64
     """Examples per optimizer step, over all devices and microbatches: texts (sft), pairs (dpo), completions (kto)."""
-    epochs: float = 1.0
+    epochs: float = 1
     """Passes over the train split; 0.5 trains on a random half of it."""
     steps: int | None = None
     """Number of optimizer steps, instead of epochs; the train split is repeated as often as needed."""
