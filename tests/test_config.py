@@ -473,6 +473,7 @@ def test_several_values_are_a_text_with_commas_or_a_list(tmp_path):
     assert (config.judge.a, config.report.runs) == ("one.jsonl,B=two.jsonl", "runs/a,runs/b")
     assert config.robust.topics == "acting,plot"
     for text, words in {
+        "[]": "an empty list; name at least one value, or leave the option out",
         "[dpo, [x]]": "expected a text or a number in the list, got a list",
         "[dpo, true]": "expected a text or a number in the list, got the truth value 'true'",
         "['dpo,x']": "a comma separates values, so 'dpo,x' cannot be one of the list",

@@ -126,8 +126,9 @@ def test_an_evaluation_fits_a_terminal():
 
 def test_an_evaluation_by_source_tells_the_accuracy_of_each():
     names = {"hh/loss": 0.5, "hh/rewards/accuracies": 0.75, "hh/rewards/margins": 1.0, "a b/rewards/accuracies": 0.5}
+    names |= {"hh/x/loss": 0.1, "hh/x/rewards/accuracies": 0.25}  # a source whose name begins like another's
     row = {"step": 8, "eval/loss": 0.6, **{f"eval/{name}": value for name, value in names.items()}, "eval/samples/tokens": 2.0}
-    assert evaluation_line(row) == "eval @8: loss 0.600  hh acc 0.75  a b acc 0.50  samples/tokens 2.000"
+    assert evaluation_line(row) == "eval @8: loss 0.600  hh acc 0.75  a b acc 0.50  hh/x acc 0.25  samples/tokens 2.000"
 
 
 def test_an_evaluation_of_sft_tells_the_loss_per_token():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.prompts import IMAGE
 from dpo_jax.data.display import chat_turns, shown_prompt
@@ -33,8 +34,6 @@ def sampler_of(
     model: Model,
     tokenizer: Any,
     held_out: Sequence[Encoded],
-    *,
-    stop_ids: Sequence[int],
 ) -> Sampler:
     """A function that completes the first `dpo.eval_samples` held-out prompts and writes `samples/step-00000400.jsonl`.
 
@@ -51,6 +50,7 @@ def sampler_of(
             f"dpo.eval_samples: the longest prompt has {longest} tokens, but the model reads {most}; "
             "lower --data.max-prompt-length, or set it to 0"
         )
+    stop_ids = build.stop_ids(tokenizer, config.dpo_policy())
     complete = Completer(partitioner, model, tokenizer, stop_ids=stop_ids, max_new_tokens=config.eval.max_new_tokens)
     lines, key = [prompt_line(pair, tokenizer) for pair in shown], jax.random.key(config.run.seed)
 

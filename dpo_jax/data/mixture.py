@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping
 
-from dpo_jax.data.pairs import BadRow, Cause, DataReport, Preference, PreferenceSet, SourceReport
+from dpo_jax.data.pairs import BadRow, Cause, DataReport, Preference, PreferenceSet, SourceReport, folder_of, source_of
 
 _COPY = re.compile(r" \((\d+)\)\Z")
 
@@ -80,8 +80,7 @@ def by_source(uids: Iterable[str]) -> dict[str, list[int]]:
     """
     places: dict[str, list[int]] = {}
     for place, uid in enumerate(uids):
-        source, colon, _ = uid.partition(": ")
-        places.setdefault(source if colon else uid.rpartition("/")[0].partition("/")[0], []).append(place)
+        places.setdefault(source_of(uid) if ": " in uid else folder_of(uid), []).append(place)
     return places if len(places) > 1 and "" not in places else {}
 
 

@@ -183,6 +183,11 @@ def source_of(uid: str) -> str:
     return uid.partition(": ")[0]
 
 
+def folder_of(uid: str) -> str:
+    """The first folder in the uid of a pair of one source: "hh" in "hh/train.jsonl:3"; "" for a file outside of any."""
+    return uid.rpartition("/")[0].partition("/")[0]
+
+
 @dataclasses.dataclass
 class DataReport:
     """Report on a data set: candidates read, kept, and dropped by cause.

@@ -124,8 +124,9 @@ def _evaluation(row: Row, *, gap: int, places: int) -> str:
             parts.append(f"{side} {moved:+.{places}f}")
     for name in [name for name in values if name.endswith("/rewards/accuracies")]:  # of one source of the data
         source = name.removesuffix("/rewards/accuracies")
-        parts.append(f"{source} acc {values[name]:.2f}")
-        values = {name: value for name, value in values.items() if not name.startswith(f"{source}/")}
+        parts.append(f"{source} acc {values.pop(name):.2f}")
+        for other in ("loss", "rewards/margins"):  # in metrics.jsonl
+            values.pop(f"{source}/{other}", None)
     parts += [f"{name} {digits(value)}" for name, value in values.items()]
     return f"eval @{row['step']:.0f}: {(' ' * gap).join(parts)}"
 

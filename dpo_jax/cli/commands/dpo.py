@@ -74,8 +74,7 @@ def run(config: Config) -> int:
             variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
         policy_logps = partitioner.compile_map(functools.partial(reference_logps, part.model, ld_alpha=section.ld_alpha))
-        stop_ids = build.stop_ids(tokenizer, config.dpo_policy())
-        sample = sampler_of(config, run_dir, partitioner, part.model, tokenizer, held_out, stop_ids=stop_ids)
+        sample = sampler_of(config, run_dir, partitioner, part.model, tokenizer, held_out)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.cli.config import Config, DpoConfig
-from dpo_jax.data.pairs import Preference
+from dpo_jax.data.pairs import Preference, folder_of
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.terminal import json_text, one_line
 from dpo_jax.evals.calibration import (
@@ -100,7 +100,7 @@ def beta_of(section: DpoConfig) -> float:
 
 def subset_names(preferences: Sequence[Preference]) -> list[str]:
     """The subset of each pair, from its row, or else the folder of its file. Empty if that does not distinguish any two."""
-    names = [preference.subset or preference.uid.rpartition("/")[0].partition("/")[0] or "none" for preference in preferences]
+    names = [preference.subset or folder_of(preference.uid) or "none" for preference in preferences]
     return names if len(set(names)) > 1 else []
 
 

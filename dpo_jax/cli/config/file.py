@@ -203,6 +203,8 @@ class _Reader:
         if isinstance(node, yaml.MappingNode) and TextMap in choices:
             return ",".join(self.entry(key, value, name) for key, value in node.value)
         if isinstance(node, yaml.SequenceNode) and TextList in choices:
+            if not node.value:
+                self.fail(node, f"{name}: an empty list; name at least one value, or leave the option out")
             return ",".join(self.item(item, name) for item in node.value)
         wanted = " or ".join(_name(choice) for choice in choices)
         advice = ""
