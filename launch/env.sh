@@ -12,9 +12,10 @@ It needs Python 3.11 or newer (or uv, which brings one). The first time takes a 
 
 Environment:
   DPO_JAX_EXTRAS     extras to install   (default: test, and one of cpu, cuda12, cuda13, tpu as this machine
-                     has it; others: lint, parity, bench, judge, browser, writers). What is installed already stays
+                     has it; others: lint, parity, bench, judge, lab, control, classifier,
+                     gcs, browser, writers). What is installed already stays
   DPO_JAX_PYTHON     the Python to use             (default: the first of python3, python3.13, python3.12,
-                     python3.11 and pyenv's that runs and is 3.11 or newer)
+                     python3.11, python3.14 and pyenv's that runs and is 3.11 or newer)
   DPO_JAX_VENV       where the environment goes    (default: .venv)
   DPO_JAX_INSTALLER  uv or pip                     (default: uv if it is there)
 TEXT

@@ -8,7 +8,8 @@ usage() {
 Usage: ./launch/first_gpu.sh [--dry-run] [FOLDER] [--race CONFIG.yaml]
 
   1  python -m dpo_jax.check                        every attention path, DPO steps, several devices, checkpoints
-  2  python -m dpo_jax.check --bench --profile      Pythia-2.8B: pairs/s, MFU and memory of each path; a trace of the fastest
+  2  python -m dpo_jax.check --only bench --bench --profile FOLDER/trace
+                                                    Pythia-2.8B: pairs/s, MFU and memory of each path; a trace of the fastest
   3  dpo-jax bench CONFIG                           the race against a literal PyTorch loop, and TRL where it is installed
 
 All figures go to FOLDER (default: runs/first_gpu). Each step runs even if the one before it failed; the exit code is 1 if one

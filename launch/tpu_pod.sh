@@ -8,8 +8,8 @@ usage() {
   cat <<'TEXT'
 Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- COMMAND CONFIG.yaml [--section.option VALUE ...]]
 
-  run      the whole story: check, create, wait, install, start, follow; after a preemption again, until the run has ended.
-           The same line continues it from any point, also when it is running
+  run      all steps: check, create, wait, install, start, follow. After a preemption it begins again, until the run has ended.
+           The same command continues at any point; if the run is active, it follows it
   create   asks for the slice (a queued resource). --accelerator-type and --runtime-version say which, --spot or --reserved
            how (neither: on demand). These and other options go to `gcloud compute tpus queued-resources create`
   wait     until the slice is there

@@ -62,7 +62,7 @@ _CHAT_OPTIONS = {
     "tools": Column("schemas of tools, for the chat template", needed=False),
     "chat_template_kwargs": Column("other variables of the chat template, such as `enable_thinking`", needed=False),
 }
-_NO_IMAGES = {name: Column("no image: only trl reads them", needed=False) for name in ("images", "image")}
+_NO_IMAGES = {name: Column("not supported here; format `trl` reads images", needed=False) for name in ("images", "image")}
 _BETTER, _WORSE = Column("the better completion"), Column("the worse one")
 
 # Detection takes the first that fits.
@@ -181,7 +181,7 @@ _FORMATS = (
     ),
     Format(
         "hh_chat",
-        "Anthropic HH as chats, rendered with the tokenizer's chat template; only if named",
+        "Anthropic HH as chats, rendered with the tokenizer's chat template; never detected, so set `data.format: hh_chat`",
         {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
         (),
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
