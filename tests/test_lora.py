@@ -26,7 +26,7 @@ from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, weights_digest
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.models.folder import ADAPTER
+from dpo_jax.models.folder import ADAPTER, adapter_base
 from dpo_jax.models.hf import load_hf, read_weights, save_hf, variable_shapes
 from dpo_jax.models.lora import LORA, WRITES, Lora, adapter_shapes, lora_model, lora_targets, new_adapter
 from dpo_jax.models.partial import TRAINED, chosen_parameters, join, partial_model, split
@@ -351,6 +351,19 @@ def test_what_does_not_fit_is_refused(damage, words, base, tmp_path):
     damage(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         load_hf(tmp_path / "adapter")
+
+
+def test_a_base_of_the_hub_is_named_as_peft_reads_it_with_its_revision_apart(base, tmp_path):
+    commit = "0123456789abcdef" * 2
+    adapter = waved(new_adapter(MODEL.config, LORA_ALL, jax.random.key(1)))
+    where = {"source": tmp_path, "base_digest": weights_digest(base)}
+    for name, wanted in {f"org/base@{commit}": ("org/base", commit), "org/base": ("org/base", None)}.items():
+        folder = write_adapter(tmp_path / "adapter", MODEL.config, LORA_ALL, adapter, base=name, **where)
+        content = json.loads((folder / "adapter_config.json").read_text())
+        assert (content["base_model_name_or_path"], content["revision"]) == wanted
+        assert adapter_base(folder) == name
+    changed(folder, base_model_name_or_path=str(tmp_path), revision="main")  # a folder has no revision
+    assert adapter_base(folder) == str(tmp_path)
 
 
 # PEFT

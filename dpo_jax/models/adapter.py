@@ -20,7 +20,7 @@ from dpo_jax.models.checkpoint_stream import Piece
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.fields import Fields, shown
-from dpo_jax.models.folder import ADAPTER
+from dpo_jax.models.folder import ADAPTER, name_and_revision
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.lora import LORA, WRITES, Lora, modules, outputs
 from dpo_jax.models.tensor_layouts import Layout
@@ -230,9 +230,9 @@ def write_adapter(
 ) -> Path:
     """Writes the collection "lora" in PEFT's format. Returns the folder.
 
-    `base` is the name under which others load the base model, `source` its folder. The digest and type of the base's weights,
-    which PEFT does not use, go into the adapter's metadata, so that `hf.read_weights` can refuse another base. All hosts call
-    this, one with `write`. Raises FileExistsError for a folder that holds a whole model.
+    `base` is the name under which others load the base model: a folder or a Hub id, optionally with "@revision". `source` is its
+    folder. The digest and type of the base's weights, which PEFT does not use, go into the adapter's metadata, so that
+    `hf.read_weights` can refuse another base. All hosts call this, one with `write`. Raises FileExistsError for a folder that holds a whole model.
     """
     tensors_, ranks = _in_peft_form(config, lora, adapter["layers"], np.dtype(dtype), fetch)
     if not write:
@@ -242,12 +242,13 @@ def write_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).unlink(missing_ok=True)  # the weights are written last: a folder without them is refused
     alphas = {name: lora.scale * (math.sqrt(rank) if lora.rslora else rank) for name, rank in ranks.items()}
-    own = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    own = {module: rank for module, rank in ranks.items() if rank != lora.rank}
+    name, revision = name_and_revision(base)
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": None,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
@@ -258,7 +259,7 @@ def write_adapter(
         "init_lora_weights": True,
         "target_modules": _targets(sorted(ranks), config),
         "rank_pattern": own,
-        "alpha_pattern": {name: alphas[name] for name in own},
+        "alpha_pattern": {module: alphas[module] for module in own},
     }
     write_text(folder / ADAPTER, json.dumps(settings, indent=2, sort_keys=True) + "\n")
     if generation_config(source) is not None:

@@ -39,14 +39,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_object(file, remedy="save or fetch it again")
 
 
+def name_and_revision(path: str | Path) -> tuple[str, str | None]:
+    """("organization/name", "revision") of "organization/name@revision"; (`path`, None) for a folder or without a revision."""
+    if Path(path).expanduser().is_dir() or not is_hub_id(path):
+        return str(path), None
+    name, _, revision = str(path).partition("@")
+    return name, revision or None
+
+
 def adapter_base(folder: Path) -> str | None:
-    """The base model of the adapter (LoRA) in `folder`, as named in its `adapter_config.json`; None if it is not an adapter.
+    """The base model of the adapter (LoRA) in `folder`, as named in its `adapter_config.json`, with "@revision" if it has one;
+    None if it is not an adapter.
 
     Raises `Unreadable` naming the file.
     """
     if not (folder / ADAPTER).is_file():
         return None
-    return Fields(read_object(folder / ADAPTER), folder / ADAPTER).text("base_model_name_or_path")
+    fields = Fields(read_object(folder / ADAPTER), folder / ADAPTER)
+    base, revision = fields.text("base_model_name_or_path"), fields.text("revision", "")
+    of_the_hub = is_hub_id(base) and "@" not in base and not Path(base).expanduser().is_dir()
+    return f"{base}@{revision}" if revision and of_the_hub else base
 
 
 def config_folder(path: str | Path) -> Path | None:
