@@ -190,7 +190,7 @@ LONG = {
         "test_the_reward_model_learns_the_same",
         "test_a_step_on_groups_is_that_on_pairs[pmap",
     ),
-    "hosts": ("test_several_processes_take", "test_a_signal_to_one_process"),
+    "hosts": ("test_several_processes_take", "test_a_signal_to_one_process", "test_an_error_of_one_host"),
     "hosts_lab": ("test_ppo_on_two", "test_a_frontier_on_two", "test_online_on_two", "test_labels_a_learned_reward"),
     "implicit_rewards": ("test_swapped_sides",),
     "interrupts": ("test_a_signal_outside_of_training", "test_an_interrupted_program_that_does_not_return"),

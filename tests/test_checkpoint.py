@@ -1,10 +1,12 @@
 """Checkpoints come back bit for bit on any layout, and damage to any of their files is found."""
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.cli.model_folders import saved_steps
-from dpo_jax.runtime import optim, parallel, seal
+from dpo_jax.runtime import hosts, optim, parallel, seal
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, StateMismatch, has_steps, newest_meta
 from dpo_jax.runtime.checkpoint_record import named
 from dpo_jax.runtime.fit import fit
@@ -193,6 +195,57 @@ def test_a_half_deleted_step_is_set_aside(copy):
     shutil.rmtree(copy / "20" / "state" / "d")
     assert digest(restored(copy)[0]) == digest(numbered(10))
     assert quarantined(copy) == ["20-0"]
+
+
+@pytest.mark.parametrize("part", ["_read_record", "_read_leaves"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "Input/output error"),
+        ValueError("RESOURCE_EXHAUSTED: Error opening file [os_error_code='24']"),
+        ValueError("UNAVAILABLE: 503"),
+        MemoryError(),
+        jax.errors.JaxRuntimeError("INTERNAL"),
+    ],
+    ids=repr,
+)
+def test_an_error_of_the_storage_moves_nothing(copy, monkeypatch, part, error):
+    def failing(*arguments, **options):
+        try:
+            raise error
+        except Exception as first:
+            raise ValueError("wrapped by a library") from first
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, part, failing)
+        with pytest.raises(ValueError, match="wrapped by a library"):
+            restored(copy)
+    assert quarantined(copy) == []
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+
+
+def test_too_many_open_files_move_nothing(copy):
+    """The same with the real error, as orbax and TensorStore raise it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Checkpoints(copy) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            with pytest.raises((OSError, ValueError), match="Too many open files"):
+                checkpoints.restore_latest(abstract())
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert quarantined(copy) == []
+        assert digest(checkpoints.restore_latest(abstract())[0]) == digest(numbered(20))
+
+
+def test_the_storage_of_another_host_moves_nothing_here(copy, monkeypatch):
+    """Host 0 reads well, or finds damage at the same time: nothing moves as long as another host could not read."""
+    damage(biggest(copy), "bit")
+    answers = iter([True])
+    monkeypatch.setattr(hosts, "anywhere", lambda flag: next(answers))
+    with pytest.raises(OSError, match="another host could not read the checkpoint; nothing was moved"):
+        restored(copy)
+    assert quarantined(copy) == []
 
 
 def test_a_stray_empty_folder_is_not_the_latest_step(copy, tmp_path):

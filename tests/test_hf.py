@@ -99,6 +99,35 @@ def test_saving_over_an_earlier_model_replaces_it_and_keeps_the_tokenizer(tmp_pa
     assert_same(load_hf(out)[1], other)
 
 
+@pytest.mark.parametrize("shard", [40_000, 10**9])
+def test_a_kill_while_a_model_is_replaced_leaves_no_mixture(shard, tmp_path, monkeypatch):
+    model, old, _, _ = golden("gpt_neox")
+    new = jax.tree.map(lambda leaf: leaf + 1, old)
+    replace, refused = os.replace, 0
+    for moves in range(20):
+        out = save_hf(tmp_path / f"after_{moves}", model, old, max_shard_bytes=shard)
+        left = iter(range(moves))
+
+        def killed(source, target, left=left):
+            if next(left, None) is None:
+                raise InterruptedError
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            try:
+                save_hf(out, model, new, max_shard_bytes=shard)
+                break
+            except InterruptedError:
+                pass
+        try:
+            assert_same(load_hf(out)[1], old)  # nothing was moved in yet
+        except (ValueError, FileNotFoundError):
+            refused += 1
+    assert refused >= 1
+    assert_same(load_hf(out)[1], new)
+
+
 def test_saving_into_a_folder_of_something_else_is_refused(tmp_path):
     model, variables, _, _ = golden("gpt2")
     (tmp_path / "letters").mkdir()

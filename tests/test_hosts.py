@@ -281,6 +281,36 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path, capsys
     assert {*range(0, 30, 3)} <= {*at_reference}
 
 
+FULL_DISK = """
+import errno, sys
+from dpo_jax.cli.main import main
+from dpo_jax.runtime import hosts
+from dpo_jax.runtime.metrics import MetricsLog
+
+write = MetricsLog.write
+
+def full(log, row):
+    if row["step"] == 3:
+        raise OSError(errno.ENOSPC, "No space left on device", str(log.path))
+    write(log, row)
+
+MetricsLog.write = full
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_an_error_of_one_host_is_told_at_once_and_ends_both(tmp_path):
+    """Only the first host writes metrics, so only it meets the full disk, while the other is in a step."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run", golden=GOLDEN))
+    port = free_port()
+    both = [begin(["-c", FULL_DISK, "dpo", config], process=i, port=port) for i in range(2)]
+    (first, said), (second, _) = end(both)
+    assert first == 74, said
+    assert "metrics.jsonl: No space left on device; free some space" in said
+    assert second != 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

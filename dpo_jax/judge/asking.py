@@ -27,6 +27,8 @@ ENVELOPE = 64  # upper bound on the tokens that a chat adds to the texts
 class Unfinished(RuntimeError):
     """Not every question is answered. The same command continues where it stopped."""
 
+    agreed = True  # the first host tells the others
+
 
 class Budget(NamedTuple):
     """Caps on all requests in the log, earlier starts included; infinity means no cap. Prices are per token."""

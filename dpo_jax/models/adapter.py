@@ -230,9 +230,10 @@ def write_adapter(
 ) -> Path:
     """Writes the collection "lora" in PEFT's format. Returns the folder.
 
-    `base` is the name under which others load the base model: a folder or a Hub id, optionally with "@revision". `source` is its
-    folder. The digest and type of the base's weights, which PEFT does not use, go into the adapter's metadata, so that
-    `hf.read_weights` can refuse another base. All hosts call this, one with `write`. Raises FileExistsError for a folder that holds a whole model.
+    `base` is the name under which others load the base model: a folder or a Hub id, optionally with "@revision". `source` is
+    its folder. The digest and type of the base's weights, which PEFT does not use, go into the adapter's metadata, so that
+    `hf.read_weights` can refuse another base. All hosts call this, one with `write`. Raises FileExistsError for a folder that
+    holds a whole model.
     """
     tensors_, ranks = _in_peft_form(config, lora, adapter["layers"], np.dtype(dtype), fetch)
     if not write:

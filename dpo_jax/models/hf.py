@@ -287,11 +287,12 @@ def _move_in(new: Path, folder: Path, *, stale: Sequence[str] = ()) -> None:
     if not folder.exists():
         os.replace(new, folder)
         return
+    # Weights go first and come last, the index last of all: a kill in between leaves a folder that is refused, not a mixture.
     weights = [file for file in folder.iterdir() if WEIGHTS_FILE.fullmatch(file.name)]
-    for file in [*weights, folder / INDEX, *(folder / name for name in stale)]:
-        if not (new / file.name).exists():
-            file.unlink(missing_ok=True)
-    for file in sorted(new.iterdir()):
+    for file in [folder / INDEX, *weights, *(folder / name for name in stale if not (new / name).exists())]:
+        file.unlink(missing_ok=True)
+    last = [*sorted(file.name for file in new.iterdir() if WEIGHTS_FILE.fullmatch(file.name)), INDEX]
+    for file in sorted(new.iterdir(), key=lambda file: last.index(file.name) if file.name in last else -1):
         os.replace(file, folder / file.name)
 
 

@@ -44,6 +44,7 @@ from dpo_jax.runtime.checkpoint_record import (
 )
 from dpo_jax.runtime.checkpoint_record import StateMismatch as StateMismatch
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
+from dpo_jax.runtime.storage_errors import is_of_storage
 from dpo_jax.types import Array
 from dpo_jax.untrusted import check_name
 
@@ -99,7 +100,8 @@ class Checkpoints:
     """The checkpoints of one run in `directory`; the newest `max_to_keep` are kept. A context manager.
 
     Several hosts share the directory, and all of them make every call. For each of the newest steps, step `origin(step)` is
-    kept as well.
+    kept as well. If the context ends with an error without a true `agreed`, a host does not wait for the others, who may not
+    have it: a save that is still running is then lost.
 
     Without `read_only` it must be the only user of the directory (`RunDir` holds the lock), and leftovers of a killed process
     are removed at the start. With `read_only` nothing is changed, and a run may be writing at the same time.
@@ -164,9 +166,10 @@ class Checkpoints:
         abstract_state: the tree to fill, as from `jax.eval_shape`. A leaf with a sharding becomes a `jax.Array` laid out that
             way, any other a numpy array.
 
-        A damaged step is moved to `quarantine/` with a warning, and the next older one is tried. Raises CheckpointDamaged if
-        none is left, and StateMismatch, before any array is read, naming each leaf that differs in the checkpoint. With `only`,
-        just that step is tried; LookupError if it does not exist.
+        A damaged step is moved to `quarantine/` with a warning, and the next older one is tried. An error of the storage, such
+        as too many open files or a lost network, is raised, and nothing is moved. Raises CheckpointDamaged if none is left, and
+        StateMismatch, before any array is read, naming each leaf that differs in the checkpoint. With `only`, just that step is
+        tried; LookupError if it does not exist.
         """
         self.wait()
         wanted = named(abstract_state)
@@ -239,6 +242,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and jax.process_count() > 1 and not getattr(error, "agreed", False):
+            return  # the other hosts may not have this error: they would be waited for, and it would never be told
         try:
             self.close()
         except CheckpointWriteError as second:
@@ -279,8 +284,6 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
         """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""
-        if isinstance(error, (MemoryError, PermissionError, ConnectionError, TimeoutError, jax.errors.JaxRuntimeError)):
-            raise error  # errors such as a full device or a broken network do not mean a damaged checkpoint
         source = self.directory / str(step)
         lost = [step] if source.exists() and any(source.iterdir()) else []
         done = "left where it is"
@@ -326,12 +329,22 @@ def _writing(directory: epath.Path) -> Iterator[None]:
 
 
 def _attempt(read: Any) -> tuple[Any, Exception | None]:
-    """(result, None), or (None, error) on all hosts if any failed: each host reads different parts of the files."""
+    """(result, None), or (None, error) on all hosts if a file is damaged: each host reads different parts of the files.
+
+    Raises on all hosts if the storage, the network or the memory of one of them failed: the files may be intact.
+    """
     result, error = None, None
     try:
         result = read()
     except Exception as caught:
         error = caught
+    of_storage = error is not None and is_of_storage(error)
+    if hosts.anywhere(of_storage):
+        raise (
+            error
+            if error is not None and of_storage
+            else OSError("another host could not read the checkpoint; nothing was moved")
+        )
     if hosts.anywhere(error is not None):
         return None, error or ValueError("another host could not read its part")
     return result, None

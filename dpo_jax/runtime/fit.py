@@ -30,6 +30,8 @@ SAVE = 1
 class Preempted(RuntimeError):
     """Stopped by a signal after `step` steps. End the process with `EXIT_PREEMPTED`, so that launchers restart it."""
 
+    agreed = True  # all hosts raise it after the same step
+
     def __init__(self, message: str, *, step: int):
         super().__init__(message)
         self.step = step

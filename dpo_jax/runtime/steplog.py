@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 class NonFinite(ArithmeticError):
     """A loss or gradient norm is NaN or infinite. `step`, `uids`: the batch. No state after it was saved."""
 
+    agreed = True  # all hosts see the same loss
+
     def __init__(self, message: str, *, step: int, uids: Sequence[str]):
         super().__init__(message)
         self.step, self.uids = step, uids
