@@ -258,7 +258,7 @@ def test_the_bench_times_a_step_and_traces_it(tmp_path, monkeypatch, capsys):
 
 def test_a_bench_that_runs_out_of_memory_or_time_says_so(tmp_path, monkeypatch):
     def full(self, setting):
-        raise RuntimeError(f"RESOURCE_EXHAUSTED: 9 bytes for {setting.remat}")
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: 9 bytes for {setting.remat}")
 
     monkeypatch.setattr(bench._Bench, "_timed", full)
     code, told = checked(tmp_path, "bench", "--bench", "--seconds", "1e9")

@@ -1,9 +1,11 @@
 """What the program refuses: by exit code, with the place and the remedy."""
 
+import importlib
 import json
 import os
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import CONFIG, ROOT, call, refused, with_weights
@@ -29,6 +31,31 @@ def test_a_policy_that_is_missing_comes_with_a_hint(done, tmp_path):
     assert "sample.policy" in refused(2, "sample", done.config, "--run.dir", tmp_path)
     assert "no run wrote checkpoints here" in refused(2, "export", done.config, "--run.dir", tmp_path)
     assert not (tmp_path / "dpo" / "checkpoints").exists()
+
+
+def test_the_model_itself_is_offered_as_the_policy(done, tmp_path):
+    model = ("--model.path", done / "sft" / "export")
+    message = refused(2, "dpo", done.config, *model, "--run.dir", tmp_path)
+    assert "Run `dpo-jax sft` first, or name the model, or start from model.path itself: --dpo.policy model." in message
+    assert call("refs", done.config, *model, "--run.dir", tmp_path, "--dpo.policy", "model").code == 0
+
+
+def test_too_little_memory_is_met_with_options_that_need_less(done, tmp_path, monkeypatch):
+    """The error is XLA's own: no machine has four exabytes."""
+    monkeypatch.setattr(importlib.import_module("dpo_jax.cli.commands.dpo"), "run", lambda config: jnp.ones((2**30, 2**30)))
+    message = refused(71, "dpo", done.config, "--run.dir", tmp_path)
+    first, *remedies = message.splitlines()
+    assert "a device ran out of memory: RESOURCE_EXHAUSTED: " in first
+    assert "  --dpo.microbatches 2  a batch of 16 in 2 parts (now 1)" in remedies
+    same, other = message.split("begin another run")
+    for option in ("--model.remat full", "--run.devices mesh", "--refs.batch 8"):
+        assert option in same
+    for option in ("--run.precision bfloat16", "--dpo.param-dtype bfloat16", "--lora.rank 16"):
+        assert option in other
+    full = ("--dpo.microbatches", 16, "--model.remat", "full", "--run.devices", "mesh", "--run.precision", "bfloat16")
+    message = refused(71, "dpo", done.config, "--run.dir", tmp_path, *full, "--lora.rank", 2)
+    assert "--lora.base-dtype bfloat16" in message
+    assert not {"microbatches", "remat", "precision", "param-dtype", "rank"} & {*message.replace(".", " ").split()}
 
 
 ROWS = [{"prompt": f"We saw film {i}. It was", "chosen": f" good {i}.", "rejected": f" bad {i}."} for i in range(20)]

@@ -410,7 +410,7 @@ def test_the_jobset_is_what_it_says():
     assert job["completions"] == job["parallelism"] > 1
     assert job["backoffLimit"] == 0
     rules = [(each["action"], each.get("onExitCodes", {}).get("values")) for each in job["podFailurePolicy"]["rules"]]
-    assert rules == [("FailJob", [2, 65, 76]), ("Ignore", [143]), ("Ignore", None)]
+    assert rules == [("FailJob", [2, 65, 71, 76]), ("Ignore", [143]), ("Ignore", None)]
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it
     assert pod["terminationGracePeriodSeconds"] >= 300

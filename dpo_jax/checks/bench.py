@@ -36,6 +36,7 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.flops import pair_flops
 from dpo_jax.runtime.mesh import make_mesh, row_sharding
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
+from dpo_jax.runtime.out_of_memory import is_out_of_memory
 from dpo_jax.runtime.parallel import jit_step, mesh_partitioner, single_device
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
@@ -54,7 +55,6 @@ REMATS = tuple(REMAT)  # from the fastest, which takes the most memory
 MEANS = (105, 45, 50)  # tokens of prompt, chosen and rejected: like Anthropic HH
 TX = make_optimizer(linear_warmup(1e-6, warmup_steps=150), max_grad_norm=10.0)
 STEPS, SECONDS = 6, 6.0  # most timed steps per setting, and their approximate duration
-NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "Out of memory")
 
 
 class Setting(NamedTuple):
@@ -159,7 +159,7 @@ class _Bench:
                 return self._timed(setting._replace(remat=remat))
             except Exception as error:
                 full = first_line(error)
-                if not any(words in str(error) for words in NO_MEMORY):
+                if not is_out_of_memory(error):
                     raise
             self._forget()
             if setting == settings()[0]:

@@ -20,6 +20,7 @@ EXIT_CODES = (
     ("dpo_jax.data.pairs", "DataError", 65),
     ("dpo_jax.bench.gates", "GateFailed", 70),
     ("dpo_jax.bench.race", "ContenderFailed", 70),
+    ("dpo_jax.cli.memory_remedies", "OutOfMemory", 71),
     ("dpo_jax.runtime.rundir", "RunLocked", 73),
     ("dpo_jax.runtime.checkpoint", "CheckpointDamaged", 74),
     ("dpo_jax.untrusted", "Unreadable", 74),

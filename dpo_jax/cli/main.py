@@ -7,6 +7,7 @@ Exit codes:
     2    wrong command, flag or configuration, or one that does not fit what is in the run directory (plan: the slice)
     65   bad data, and data.on_bad is refuse
     70   the contenders of bench disagree, or one of them failed
+    71   a device ran out of memory; the message lists options that need less
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
     75   not every pair is decided (judge, online: spending cap, endpoint, people); the same command continues
@@ -136,7 +137,7 @@ def _execute(name: str, config: Config) -> int:
     if any(option.startswith("tokenizer") for option in COMMANDS[name].reads):  # it makes token ids of the data
         config = fix(config)
     if name not in TRAINING:
-        return _imported(module).run(config)
+        return _ran(name, module, config)
     from dpo_jax.cli import finished
 
     task = finished.FinishedRun(name, config, COMMANDS[name].reads)
@@ -144,10 +145,21 @@ def _execute(name: str, config: Config) -> int:
         print(f"{config.run.dir}/{name} is finished after {steps} steps, and nothing has changed since")
         print(f"the policy is in {config.run.dir}/{name}/export")
         return 0
-    code = _imported(module).run(config)
+    code = _ran(name, module, config)
     if code == 0:
         task.record()
     return code
+
+
+def _ran(name: str, module: str, config: Config) -> int:
+    try:
+        return _imported(module).run(config)
+    except Exception as error:
+        from dpo_jax.cli.memory_remedies import out_of_memory
+
+        if (told := out_of_memory(name, config, error)) is None:
+            raise
+        raise told from error
 
 
 def _imported(module: str) -> ModuleType:

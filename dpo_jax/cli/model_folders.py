@@ -55,7 +55,8 @@ def remedy(config: Config, path: str) -> str:
             return f"If {checkpoints} holds steps, continue with `dpo-jax {task}`, or write the last one with `dpo-jax export`."
         if task == "dpo" and own and config.dpo.policy is None and not (run / "sft" / "export").is_dir():
             return "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."
-    return f"Run `dpo-jax {task}` first, or name the model."
+    itself = ", or start from model.path itself: --dpo.policy model" if task == "sft" and config.model.path else ""
+    return f"Run `dpo-jax {task}` first, or name the model{itself}."
 
 
 def eval_reference(config: Config) -> str:
