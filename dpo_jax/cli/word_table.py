@@ -32,12 +32,13 @@ _SHUFFLED = "every epoch is shuffled, by run.seed"
 _COMPILED = "every step is compiled; nothing needs to be set"
 _SCORED = "sft.scored: completion, or all tokens"
 _NOTHING = "nothing needs to be set for that here"
+_SCHEDULE = "*.schedule; TRL's linear with warm-up is wsd, with *.decay_ratio 1 - the share of warm-up"
 
 # Other programs' names -> our options, separated by commas, or a sentence. "*.lr" is lr of section sft and of section dpo.
 # Answers for a command name only options it reads.
 WORDS: Mapping[str, str] = {
     "learning_rate": "*.lr, frontier.ppo_lr",
-    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), "*.schedule"),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), _SCHEDULE),
     "warmup_ratio": "*.warmup_ratio",
     "optim": "*.optimizer",
     "weight_decay": "*.weight_decay",
@@ -58,15 +59,18 @@ WORDS: Mapping[str, str] = {
     "precompute_ref_batch_size": "refs.batch",
     "gradient_accumulation_steps": "*.microbatches: into how many parts a batch is split; *.batch = TRL's per-device batch x "
     "accumulation x devices",
-    "auto_find_batch_size": "dpo-jax plan CONFIG --topology NAME says whether a step fits in memory; *.microbatches splits a "
-    "batch",
+    "auto_find_batch_size": "*.microbatches splits a batch; too little memory is told with options that need less, and "
+    "dpo-jax plan CONFIG computes the memory of a step",
     **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "*.epochs"),
     "max_steps": "*.steps",
     "n_examples": _STEPS,
     **dict.fromkeys(("bf16", "bf16_full_eval"), "run.precision bfloat16"),
     **dict.fromkeys(("fp16", "fp16_full_eval"), _HALF),
     "tf32": "run.precision float32 is float32 on every chip, never TF32; run.precision bfloat16 is faster",
-    **dict.fromkeys(("dtype", "torch_dtype"), "run.precision"),
+    **dict.fromkeys(
+        ("dtype", "torch_dtype"),
+        "run.precision (activations), *.param_dtype (trained parameters), lora.base_dtype (frozen parameters)",
+    ),
     "mixed_precision": "run.precision bfloat16; parameters and optimizer state stay float32",
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "model.remat full, or save_attention"),
     **dict.fromkeys(
@@ -88,12 +92,13 @@ WORDS: Mapping[str, str] = {
     "ref_model_sync_steps": "dpo.refresh_reference_steps",
     "ref_model_mixup_alpha": "dpo.refresh_reference_steps replaces the reference by the policy: an alpha of 1",
     "router_aux_loss_coef": "*.router_aux_loss",
-    "model_name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo), eval.policy, sample.policy",
+    "model_name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo; model means model.path), eval.policy, "
+    "sample.policy",
     "name_or_path": "model.path (the start of sft), dpo.policy (the start of dpo)",
     "archive": "dpo.policy, a Hugging Face folder",
     "model_revision": "org/name@revision in model.path or dpo.policy",
-    "model_init_kwargs": "each has an option of its own: org/name@revision in model.path or dpo.policy, run.precision, "
-    "model.attention",
+    "model_init_kwargs": "each has an option of its own: org/name@revision in model.path or dpo.policy, run.precision and "
+    "*.param_dtype, model.attention",
     "tokenizer_name_or_path": "tokenizer.path",
     "trust_remote_code": "code of a model is never run",
     **dict.fromkeys(("dataset_name", "datasets", "data_files", "data_dir"), _DATA),
@@ -149,7 +154,7 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("project", "wandb_project"), "run.wandb, run.trackio"),
     "wandb_entity": "WANDB_ENTITY in the environment (wandb reads WANDB_TAGS and its other variables as well)",
     "trackio_space_id": "TRACKIO_SPACE_ID in the environment",
-    "resume_from_checkpoint": "run.resume, which is on: the same command continues",
+    "resume_from_checkpoint": "run.resume, which is on: the same command continues from the newest checkpoint",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"), _SHARDED),
     "tensor_parallel_size": "mesh.tensor, with run.devices mesh",
     **dict.fromkeys(("context_parallel_size", "cp_size", "sequence_parallel_size"), "mesh.context, with run.devices mesh"),
@@ -177,6 +182,15 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("ddp_find_unused_parameters", "dataloader_pin_memory", "padding_value", "pad_token"), _NOTHING),
     **dict.fromkeys(("pad_to_multiple_of", "disable_tqdm", "skip_memory_metrics", "use_cache"), _NOTHING),
     **dict.fromkeys(("dataloader_persistent_workers", "dataloader_prefetch_factor", "torch_empty_cache_steps"), _NOTHING),
+    **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ignore_bias_buffers"), _NOTHING),
+    **dict.fromkeys(("dataloader_in_order", "dataloader_multiprocessing_context", "save_on_each_node"), _NOTHING),
+    **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _NOTHING),
+    **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices"), _NOTHING),
+    "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run with exit code 76; the last good checkpoint is kept",
+    "include_num_input_tokens_seen": _LOGGED,
+    "optim_target_modules": "*.trainable",
+    "center_rewards_coefficient": "not offered; dpo-jax reward-model minimizes eq. 2",
+    **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), "TRACKIO_SPACE_ID in the environment"),
     "dataloader_drop_last": "no example is dropped: the last batch of a run is padded, and padding counts nowhere",
     "num_generations": "online.completions, frontier.completions: completions of a prompt",
     "num_samples": "sample.prompts, eval.samples",
