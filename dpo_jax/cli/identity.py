@@ -48,6 +48,8 @@ def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *
         record |= {f"{report.split} split, {name}": getattr(report, name) for name in ("rows", "read", "kept")}
         record |= {f"file {file['path']}": file["sha256"] for file in report.files}
     record |= {f"data.{name}": getattr(config.data, name) for name in LIMITS}
+    if config.data.rendered:  # included only if set, so that earlier records stay valid
+        record["data.rendered"] = True
     record |= {f"data.mix, weight of {part.path}": part.weight for part in config.data.mix}
     record["chat template"] = (
         hashlib.sha256(repr(tokenizer.chat_template).encode()).hexdigest() if tokenizer.chat_template else None

@@ -67,6 +67,8 @@ def load_split(
         found = load_files(config, split, tokenizer, rows=rows).take(limit)
     if not images and (shown := next((one for one in found if one.images), None)):
         raise ConfigError(f"{shown.uid}: {NO_IMAGES}")
+    if data.rendered:
+        found = PreferenceSet((dataclasses.replace(one, chat=True) for one in found), found.report)
     return found
 
 
@@ -100,7 +102,7 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     `images`: how images in prompts become tokens, for a model that reads them.
     """
     data = config.data
-    with reported(f"encoding {len(preferences):,} pairs"):
+    with reported(f"encoding {len(preferences):,} pairs"), _hint_of_rendered_texts(config):
         encoded = encode_all(
             preferences,
             tokenizer,
@@ -117,10 +119,23 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     report.images = len({image.digest for preference in kept for image in preference.images})
     # Rows beyond data.max_train, or of the other side of a hash split, are never encoded and must not dilute the share.
     of_encoded = (report.bad - preferences.report.bad) / len(preferences) if len(preferences) else 0.0
-    check_dropped(config, report, max(report.bad_share, of_encoded))
+    with _hint_of_rendered_texts(config):
+        check_dropped(config, report, max(report.bad_share, of_encoded))
     if not len(encoded):
         raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
     return encoded
+
+
+@contextmanager
+def _hint_of_rendered_texts(config: Config) -> Iterator[None]:
+    """A context that names `data.rendered` where texts are refused for their end-of-text tokens."""
+    try:
+        yield
+    except DataError as error:
+        if config.data.rendered or Cause.EOS_IN_TEXT not in error.causes:
+            raise
+        hint = "If the chat template rendered these texts before, add --data.rendered (or give the messages instead)."
+        raise DataError(f"{error}\n{hint}", causes=error.causes) from error
 
 
 def check_dropped(config: Config, report: DataReport, share: float) -> None:

@@ -1,0 +1,78 @@
+"""Texts that the chat template rendered before (`data.rendered`): the token ids of the messages themselves."""
+
+import json
+
+import numpy as np
+import pytest
+from chat_templates import CHATML, LLAMA, chat_tokenizer
+
+from dpo_jax.cli import splits
+from dpo_jax.cli.config import load_config
+from dpo_jax.data.pairs import Cause, DataError
+
+TURNS = [
+    [{"role": "user", "content": "Where to?"}],
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "Where to?"},
+    ],
+]
+
+
+@pytest.fixture(params=["chatml", "llama"], scope="module")
+def chatty(request):
+    return chat_tokenizer({"chatml": CHATML, "llama": LLAMA}[request.param])
+
+
+def rendered(tokenizer, turns, answer):
+    """(prompt, completion) as scripts write them: the completion is what the template adds to the prompt."""
+    prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": answer}], tokenize=False)
+    assert whole.startswith(prompt)
+    return prompt, whole.removeprefix(prompt)
+
+
+def encoded(folder, rows, tokenizer, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = json.dumps({"path": str(folder), **options})  # JSON is YAML
+    (folder / "my.yaml").write_text(f"run: {{dir: {folder}}}\ndata: {data}\n")
+    config = load_config(folder / "my.yaml")
+    return splits.encode_split(config, splits.load_split(config, "train", tokenizer), tokenizer)
+
+
+def as_messages(turns, answer):
+    return {"prompt": turns, **{side: [{"role": "assistant", "content": text}] for side, text in answer.items()}}
+
+
+def as_texts(tokenizer, turns, answer):
+    texts = {side: rendered(tokenizer, turns, text) for side, text in answer.items()}
+    return {"prompt": texts["chosen"][0], **{side: completion for side, (_, completion) in texts.items()}}
+
+
+ANSWER = {"chosen": "By train.", "rejected": "By bus."}
+
+
+def test_rendered_texts_give_the_tokens_of_their_messages(chatty, tmp_path):
+    wanted = encoded(tmp_path / "messages", [as_messages(turns, ANSWER) for turns in TURNS], chatty)
+    texts = [as_texts(chatty, turns, ANSWER) for turns in TURNS]
+    found = encoded(tmp_path / "texts", texts, chatty, rendered=True)
+    assert len(found) == len(wanted) == 2
+    for one, other in zip(found, wanted, strict=True):
+        for part in ("prompt", "chosen", "rejected"):
+            np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
+    assert found.report.chat == 2
+
+
+@pytest.mark.parametrize("drop", [{}, {"on_bad": "drop"}])
+def test_without_the_option_they_are_refused_with_it_as_the_remedy(chatty, tmp_path, drop):
+    texts = [as_texts(chatty, turns, ANSWER) for turns in TURNS]
+    with pytest.raises(DataError, match=r"If the chat template rendered these texts before, add --data\.rendered") as caught:
+        encoded(tmp_path, texts, chatty, **drop)
+    assert caught.value.causes == (Cause.EOS_IN_TEXT,)
+    torn = [{**texts[0], "chosen": f"By{chatty.eos_token}train."}]  # in the middle it is bad in either case
+    with pytest.raises(DataError, match="eos_in_text") as caught:
+        encoded(tmp_path, torn, chatty, rendered=True)
+    assert "--data.rendered" not in str(caught.value)
