@@ -249,7 +249,8 @@ REFUSED = [
     ({"warmup_ratio": 0.1, "warmup_steps": 3}, "warmup_ratio: set warmup_ratio or warmup_steps, not both"),
     ({"warmup_ratio": 1.5}, "warmup_ratio: must be between 0 and 1"),
     ({"patience": -1}, "patience: must not be negative"),
-    ({"stop_on": "rewards/margins"}, "stop_on: is read only with patience"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm: must be greater than 0, or null for no clipping, got 0"),
+    ({"stop_on": "rewards/margins"}, "stop_on: is read only with patience or keep_best"),
     ({"patience": 1, "stop_on": "nll_per_token"}, "stop_on: must be one of loss, rewards/accuracies, rewards/margins"),
 ]
 
@@ -267,9 +268,10 @@ def test_defaults_are_the_papers():
 
 def test_patience_needs_evaluations(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("dpo:\n  patience: 2\n")
-    with pytest.raises(ConfigError, match=r"a.yaml:2: dpo.patience: .* set run.eval_every_examples"):
-        load_config(file)
+    for option in ("patience: 2", "keep_best: true"):
+        file.write_text(f"dpo:\n  {option}\n")
+        with pytest.raises(ConfigError, match=rf"a.yaml:2: dpo.{option.partition(':')[0]}: .* set run.eval_every_examples"):
+            load_config(file)
     file.write_text("dpo:\n  patience: 2\nrun:\n  eval_every_examples: 64\n")
     load_config(file)
 

@@ -97,6 +97,7 @@ def told(args, capsys):
         (["--dpo.optimizer", "paged_adamw_8bit"], "optimizer states are not offered. --dpo.param-dtype bfloat16"),
         (["--lora.rank", "8", "--lora.targets", "all-linear"], "--lora.targets all-linear: unknown value; instead: all\n"),
         (["--dpo.loss", "kto_pair"], "instead: kto, "),
+        (["--dpo.warmup-steps", "0.1"], "instead: --dpo.warmup-ratio 0.1, which is a share of the run"),
         (["--dpo.loss", "sigmoid", "sft"], "a sum, written as one text: sigmoid + sft"),
         (["--dpo.loss", "[sigmoid,sft]"], "a sum, written as one text: sigmoid + sft"),
         (["--run.precision", "bf16"], "instead: bfloat16\n"),

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_jax.cli import train
 from dpo_jax.cli.config import Config, ConfigError, RunConfig
+from dpo_jax.cli.config.loading import check
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.runtime import writers
 from dpo_jax.runtime.metrics import MetricsLog
@@ -147,6 +149,25 @@ def test_a_torn_record_gives_no_row_twice(tmp_path):
     (tmp_path / "writers" / "shelf.json").write_text('{"st')
     process(tmp_path, shelf, 2, [training(2)])
     assert shelf.rows == [training(step) for step in range(3)]
+
+
+def test_metrics_may_have_the_names_of_trl(tmp_path, monkeypatch):
+    shelf = Shelf()
+    monkeypatch.setattr(train, "TensorBoard", lambda folder: shelf())
+    for names, wanted in {
+        "own": [{"step": 0, "loss": 0.6, "lr": 0.1}, {"step": 1, "eval/nll_per_token": 2.0, "eval/loss": 9.0}],
+        "trl": [{"step": 0, "train/loss": 0.6, "train/learning_rate": 0.1}, {"step": 1, "eval/loss": 2.0}],
+    }.items():
+        config, shelf.rows = Config(run=RunConfig(tensorboard=True, metric_names=names)), []
+        run = types.SimpleNamespace(path=tmp_path / names)
+        run.path.mkdir()
+        (writer,) = train.metrics_writers(config, run, {})
+        writer.resume(0, [])
+        writer.write({"step": 0, "loss": 0.6, "lr": 0.1})
+        writer.write({"step": 1, "eval/nll_per_token": 2.0, "eval/loss": 9.0})
+        assert shelf.rows == wanted
+    with pytest.raises(ConfigError, match=r"run.metric_names: is read with tensorboard, wandb or trackio only"):
+        check(Config(run=RunConfig(metric_names="trl")))
 
 
 def test_a_missing_package_names_the_extra_and_a_broken_one_stops_nothing(tmp_path, monkeypatch, caplog):

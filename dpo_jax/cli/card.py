@@ -31,7 +31,15 @@ logger = logging.getLogger(__name__)
 
 PAPER = "[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)"
 TRAINING = ("epochs", "batch", "microbatches", "optimizer", "lr", "warmup_steps", "schedule", "max_grad_norm")
-OTHERS = ("steps", "warmup_ratio", *optimizer_table.OPTIONS, *optimizer_table.SCHEDULE_OPTIONS, "patience", "stop_on")
+OTHERS = (
+    "steps",
+    "warmup_ratio",
+    *optimizer_table.OPTIONS,
+    *optimizer_table.SCHEDULE_OPTIONS,
+    "patience",
+    "stop_on",
+    "keep_best",
+)
 """Options that are shown if they are set."""
 
 

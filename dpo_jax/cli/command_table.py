@@ -25,7 +25,7 @@ def module_of(name: str) -> str:
 
 # Every stage of a run takes the sections that describe it, so that one set of flags serves all stages.
 _RUN = ("run", "mesh", "data", "tokenizer", "model")
-_LOGGED = ("eval_every_examples", "eval_at_start", "tensorboard", "wandb", "trackio")
+_LOGGED = ("eval_every_examples", "eval_at_start", "tensorboard", "wandb", "trackio", "metric_names")
 
 
 def _run_without(*fields: str) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ _REWARD_MODEL = (
 
 # Its length is set by its rounds, and each round is evaluated.
 _UNREAD = (
-    *("reference", "epochs", "steps", "patience", "stop_on", "ld_alpha", "param_dtype", "refresh_reference_steps"),
+    *("reference", "epochs", "steps", "patience", "stop_on", "keep_best", "ld_alpha", "param_dtype", "refresh_reference_steps"),
     "eval_samples",
 )
 _ONLINE = (

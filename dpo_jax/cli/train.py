@@ -32,7 +32,7 @@ from dpo_jax.runtime.metrics import Writer, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.runtime.writers import Delivery, Place, TensorBoard, Trackio, Wandb
+from dpo_jax.runtime.writers import AsTrl, Delivery, Place, TensorBoard, Trackio, Wandb
 from dpo_jax.training import fingerprint
 from dpo_jax.training.fingerprint import SavedRun
 from dpo_jax.training.moving import MovingReference
@@ -231,10 +231,10 @@ def train(
 
 
 def early_stopping(section: SftConfig | DpoConfig) -> EarlyStopping | None:
-    """The early stopping of a new run; None without `patience`."""
-    if not section.patience:
+    """What a new run does with its best evaluation; None without `patience` and `keep_best`."""
+    if not section.keeps_best():
         return None
-    return EarlyStopping(section.stop_on, patience=section.patience, higher=section.stop_on in HIGHER)
+    return EarlyStopping(section.stop_on, patience=section.patience or None, higher=section.stop_on in HIGHER)
 
 
 def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[int], Any]) -> None:
@@ -258,6 +258,8 @@ def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> li
         places["wandb"] = functools.partial(Wandb, section.wandb, **options)
     if section.trackio is not None:
         places["Trackio"] = functools.partial(Trackio, section.trackio, **options)
+    if section.metric_names == "trl":
+        places = {name: lambda make=make: AsTrl(make()) for name, make in places.items()}
     folder = run.path / "writers"
     return [
         Delivery(name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard")

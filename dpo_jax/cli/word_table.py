@@ -46,11 +46,10 @@ WORDS: Mapping[str, str] = {
     "optim_args": "b1, b2, eps and momentum of section sft or dpo",
     "lr_scheduler_kwargs": "min_lr_ratio and decay_ratio of section sft or dpo, with schedule cosine or wsd",
     "early_stopping_patience": "*.patience",
-    "metric_for_best_model": "*.stop_on, with *.patience",
+    "metric_for_best_model": "*.stop_on, with *.keep_best or *.patience",
     "greater_is_better": "follows from *.stop_on: rewards/accuracies and rewards/margins are better when higher, losses when "
     "lower",
-    "load_best_model_at_end": "the best weights are kept with *.patience N: training also stops after N evaluations without "
-    "improvement; take N large to keep only the best weights",
+    "load_best_model_at_end": "*.keep_best",
     "gradient_clipping": "*.max_grad_norm",
     "per_device_train_batch_size": "*.batch: examples per optimizer step, TRL's per-device batch x accumulation x devices; "
     "*.microbatches splits it",

@@ -171,7 +171,10 @@ def _check_apart(prompt: list[Message], sides: list[list[Message]]) -> None:
 
 def _check_completion(messages: list[Message], field: str, *, context: int) -> None:
     if messages and messages[0]["role"] != "assistant":
-        detail = f"a completion begins with a turn of the assistant, but this one with a turn of {messages[0]['role']!r}"
+        detail = (
+            f"a completion begins with a turn of the assistant, but this one with a turn of {messages[0]['role']!r}; without a "
+            "column prompt, chosen and rejected must begin with the same messages, their prompt"
+        )
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=field)
     if len(messages) > MAX_TURNS:
         raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, but the limit is {MAX_TURNS:,}", field=field)

@@ -75,6 +75,11 @@ def _what_is_there(source: Path, split: str) -> str:
     convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl), .parquet or .csv" if foreign else ""
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
     deeper = f"; the split is in {listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
+    if any(file for depth in ("*.arrow", "*/*.arrow") for file in source.glob(depth)):
+        convert += (
+            "; Arrow files of `save_to_disk` are not read: write each split as parquet with "
+            "datasets.load_from_disk(FOLDER)[SPLIT].to_parquet(SPLIT + '.parquet')"
+        )
     return f"the folder holds {present}{convert}{deeper}{choose}"
 
 

@@ -125,7 +125,7 @@ def fit_reward_model(
     head = scalar_head(judge.model.config.width)
     placed = partitioner.put_variables({**partitioner.to_host(start), HEAD: jax.device_get(head)})
     steps = total_steps(len(learnt), batch=several, epochs=epochs)
-    tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=steps + 1)  # runs to the end and returns the best
+    tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=None)
     step = functools.partial(reward_step, model=judge.model, tx=tx, microbatches=microbatches, axis_name=partitioner.axis_name)
     own = {"batch": batch, "passes": epochs, "evaluations": evaluations, "seed": seed, "data": data_digest(pairs)}
     state = train(

@@ -122,6 +122,39 @@ class Delivery:
         self._failed = True
 
 
+class AsTrl:
+    """A place whose rows get the names of transformers' trainers: "train/loss", "train/learning_rate"; "eval/..." stay.
+
+    The loss of `sft` is then per token, as there. Steps stay ours: the first is 0.
+    """
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def open(self, step: int) -> None:
+        self._place.open(step)
+
+    def write(self, row: Row) -> None:
+        self._place.write(named_as_trl(row))
+
+    def close(self) -> None:
+        self._place.close()
+
+
+def named_as_trl(row: Row) -> Row:
+    """
+    >>> named_as_trl({"step": 7, "loss": 0.6, "lr": 1e-6, "rewards/margins": 0.2})
+    {'step': 7, 'train/loss': 0.6, 'train/learning_rate': 1e-06, 'train/rewards/margins': 0.2}
+    """
+    values = dict(row)
+    for prefix in ("", "eval/"):
+        if f"{prefix}nll_per_token" in values:
+            values[f"{prefix}loss"] = values.pop(f"{prefix}nll_per_token")
+    if "lr" in values:
+        values["learning_rate"] = values.pop("lr")
+    return {name if name == "step" or name.startswith("eval/") else f"train/{name}": value for name, value in values.items()}
+
+
 class TensorBoard:
     """TensorBoard event files. Raises ModuleNotFoundError, naming the extra, without tensorboardX."""
 

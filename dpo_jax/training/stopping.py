@@ -1,4 +1,4 @@
-"""Early stopping: a run ends when a held-out metric stops improving, with the weights of the best evaluation."""
+"""A run that ends with the weights of its best evaluation, early or at its full length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dpo_jax.training.fingerprint import check_settings
 
 
 class EarlyStopping:
-    """Ends a run after `patience` evaluations in a row without improvement of `metric`. One object per run.
+    """Ends a run after `patience` evaluations in a row without improvement of `metric` (None: at its full length), with the
+    weights of the best evaluation. One object per run.
 
     Lower is better, unless `higher`. An equal value is not better. `record` is saved with each checkpoint, so that a killed and
     resumed run stops at the same step.
@@ -23,9 +24,9 @@ class EarlyStopping:
     8
     """
 
-    def __init__(self, metric: str = "loss", *, patience: int, higher: bool = False):
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+    def __init__(self, metric: str = "loss", *, patience: int | None, higher: bool = False):
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1, or None to run to the end, got {patience}")
         self.metric, self.patience, self.higher = metric, patience, higher
         self.record: dict[str, Any] = {"metric": metric, "higher": higher}
 
@@ -41,7 +42,7 @@ class EarlyStopping:
 
     @property
     def stopped(self) -> bool:
-        return self.record.get("worse", 0) >= self.patience
+        return self.patience is not None and self.record.get("worse", 0) >= self.patience
 
     def observe(self, done: int, metrics: Mapping[str, Any]) -> Verdict:
         """Takes the evaluation after `done` steps. Raises ValueError if it lacks the metric."""

@@ -99,6 +99,8 @@ def _plot(summary: dict[str, Any], path: Path) -> None:
 def freeze(config: Config, run_dir: RunDir) -> Work:
     """Writes the shared inputs of the contenders: new weights, the pairs of every optimizer step, the settings."""
     bench, section = config.bench, config.dpo
+    if section.max_grad_norm is None:
+        raise ConfigError("dpo.max_grad_norm: every contender of bench clips its gradients; set a number")
     folder = _work_folder(run_dir)
     longest_run = max(bench.gate_steps, bench.steps + 1)
     if bench.lengths is None:

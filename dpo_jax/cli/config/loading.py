@@ -103,10 +103,9 @@ def problems(config: Config) -> list[Problem]:
         if getattr(config, name).param_dtype != "float32" and (config.lora.rank or getattr(config, name).trainable):
             what = "applies only if all weights are trained: leave it out (lora.base_dtype is the type of a frozen base)"
             found.append((f"{name}.param_dtype", what))
-        if getattr(config, name).patience and not config.run.eval_every_examples:
-            found.append(
-                (f"{name}.patience", "counts evaluations, but the only one is at the end: set run.eval_every_examples")
-            )
+        if getattr(config, name).keeps_best() and not config.run.eval_every_examples:
+            option = "patience" if getattr(config, name).patience else "keep_best"
+            found.append((f"{name}.{option}", "the only evaluation is at the end: set run.eval_every_examples"))
     positions, longest = config.model.max_positions, config.data.max_length
     if positions and longest > positions:
         found.append(("data.max_length", f"{longest} tokens do not fit model.max_positions ({positions}); lower it"))

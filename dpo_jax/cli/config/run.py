@@ -53,6 +53,8 @@ class RunConfig:
     """Also log to this Weights & Biases project; the run is named after run.dir (needs the `writers` extra)."""
     trackio: str | None = None
     """Also log to this Trackio project; the run is named after run.dir (needs the `writers` extra)."""
+    metric_names: Literal["own", "trl"] = "own"
+    """Names of metrics in these three: own, as in metrics.jsonl; trl, as in TRL's runs (train/loss, train/learning_rate)."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run directory; otherwise refuse a directory that has one."""
 
@@ -74,6 +76,8 @@ class RunConfig:
         for field in ("wandb", "trackio"):
             if (project := getattr(self, field)) is not None and not project.strip():
                 yield field, f"must name a project, or be null to leave {field} out"
+        if self.metric_names != "own" and not (self.tensorboard or self.wandb or self.trackio):
+            yield "metric_names", "is read with tensorboard, wandb or trackio only: set one of them, or leave this out"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,8 +42,8 @@ class TrainingConfig(OptimizerConfig):
     """Optimizer steps of linear warm-up from 0."""
     warmup_ratio: float | None = None
     """Warm-up as a fraction of the run, instead of warmup_steps; rounded up to whole steps."""
-    max_grad_norm: float = 10.0
-    """Clip gradients to this global L2 norm."""
+    max_grad_norm: float | None = 10.0
+    """Clip gradients to this global L2 norm; none: no clipping."""
     microbatches: int = 1
     """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Losses of the
     whole batch (kto, aot, aot_unpaired) then take one more forward pass."""
@@ -63,7 +63,9 @@ class TrainingConfig(OptimizerConfig):
     """Early stopping: stop after this many evaluations in a row without a better stop_on, and keep the best weights; 0:
     off. run.eval_every_examples sets how often evaluations run."""
     stop_on: Literal["loss", "nll_per_token", "rewards/accuracies", "rewards/margins"] = "loss"
-    """Held-out metric for early stopping (patience). nll_per_token is for sft only, rewards/... for dpo only."""
+    """Held-out metric for patience and keep_best. nll_per_token is for sft only, rewards/... for dpo only."""
+    keep_best: bool = False
+    """End with the weights of the evaluation with the best stop_on, not with the last ones; the run has its full length."""
 
     def optimizer_options(self) -> dict[str, Any]:
         """The values of all optimizer options."""
@@ -77,12 +79,18 @@ class TrainingConfig(OptimizerConfig):
         """Number of warm-up steps in a run of `steps` steps."""
         return self.warmup_steps if self.warmup_ratio is None else math.ceil(self.warmup_ratio * steps)
 
+    def keeps_best(self) -> bool:
+        """Whether the run ends with the weights of its best evaluation."""
+        return self.keep_best or self.patience > 0
+
     def stops_on(self) -> tuple[str, ...]:
         """The evaluation metrics that `stop_on` may name."""
         return ("loss", "nll_per_token")
 
     def check(self) -> Iterator[Problem]:
-        yield from positive(self, "batch", "epochs", "steps", "lr", "max_grad_norm", "microbatches")
+        yield from positive(self, "batch", "epochs", "steps", "lr", "microbatches")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            yield "max_grad_norm", f"must be greater than 0, or null for no clipping, got {self.max_grad_norm:g}"
         yield from not_negative(self, "warmup_steps", "patience", "router_aux_loss")
         yield from optimizer_table.problems({"optimizer": self.optimizer, "schedule": self.schedule, **self._options()})
         yield from self._check_length()
@@ -90,8 +98,8 @@ class TrainingConfig(OptimizerConfig):
             yield "trainable", f"must be names with commas between, such as last_layer,final_norm.*, got {self.trainable!r}"
         if self.stop_on not in self.stops_on():
             yield "stop_on", f"must be one of {', '.join(self.stops_on())}, got {self.stop_on!r}"
-        elif self.stop_on != "loss" and not self.patience:
-            yield "stop_on", "is read only with patience, which is 0: set that, or leave this out"
+        elif self.stop_on != "loss" and not self.keeps_best():
+            yield "stop_on", "is read only with patience or keep_best: set one of them, or leave this out"
         if self.batch > 0 and self.microbatches > 0 and self.batch % self.microbatches:
             nearest = min(divisors(self.batch), key=lambda size: abs(size - self.microbatches))
             yield (

@@ -29,8 +29,9 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
         yield "dpo.reference", "the reference of online is the initial policy; leave it out"
     if dpo.refresh_reference_steps is not None:
         yield "dpo.refresh_reference_steps", "is counted in rounds here: set online.refresh_reference_rounds instead"
-    if dpo.patience:
-        yield "dpo.patience", "online always runs online.rounds rounds; leave it out"
+    if dpo.keeps_best():
+        option = "patience" if dpo.patience else "keep_best"
+        yield f"dpo.{option}", "online always runs online.rounds rounds and ends with the last weights; leave it out"
     if section.refresh_reference_rounds is not None and not loss_table.uses_reference(dpo.loss):
         yield "online.refresh_reference_rounds", f"loss {dpo.loss} has no reference to refresh: leave it out"
     yield from _columns(config)
