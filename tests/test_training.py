@@ -3,8 +3,10 @@
 import doctest
 import json
 import os
+import re
 import signal
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,22 @@ def test_it_is_twenty_lines_and_trains(whole):
     kernel = max(jax.tree.leaves(scope["state"].params), key=lambda leaf: leaf.size)
     assert len(kernel.sharding.device_set) > 1
     assert not kernel.sharding.is_fully_replicated
+
+
+def test_the_example_with_a_loss_an_evaluation_and_a_callback(whole, capsys, monkeypatch):
+    text = (Path(dpo_jax.__file__).parent / "README.md").read_text()
+    (code,) = re.findall(r"<!-- continues the example of train -->\n```python\n(.*?)```", text, re.DOTALL)
+    folder, scope = whole
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    exec(code, {**scope, "jax": jax, "test": scope["encoded"]})
+    said = [line for line in capsys.readouterr().out.splitlines() if line.split()[0] in ("begins", "accuracy", "ends")]
+    rows = read_metrics(folder / "hinge/metrics.jsonl")
+    judged = [row for row in rows if is_evaluation(row)]
+    assert [row["step"] for row in judged] == [6, STEPS]
+    assert said == ["begins after 0 steps", *(f"accuracy {row['eval/rewards/accuracies']}" for row in judged), "ends"]
+    assert rows[0]["loss"] == pytest.approx(1, abs=1e-6)  # hinge at the reference
+    assert judged[-1]["eval/loss"] < 1
 
 
 def test_a_killed_run_continues_to_the_same_bits(names, whole, tmp_path, capsys):
