@@ -61,7 +61,10 @@ accelerator() {
 }
 
 make_venv() {
-  [ ! -f "$venv/pyvenv.cfg" ] || rm -rf "$venv"
+  if [ -f "$venv/pyvenv.cfg" ]; then
+    [ -f "$made" ] || [ -f "$stamp" ] || die "$venv was not made by this script: remove it, or name another place in DPO_JAX_VENV"
+    rm -rf "$venv"
+  fi
   if [ "$installer" = uv ]; then
     uv venv --quiet --python "${DPO_JAX_PYTHON:->=3.11}" "$venv"
   else
@@ -70,6 +73,7 @@ make_venv() {
     say "creating $venv with $("$python" -V) ($python)"
     "$python" -m venv "$venv"
   fi
+  : >"$made"
 }
 
 install() {
@@ -93,8 +97,9 @@ extras=${DPO_JAX_EXTRAS:-$(accelerator),test}
 installer=${DPO_JAX_INSTALLER:-$(command -v uv >/dev/null 2>&1 && echo uv || echo pip)}
 case $installer in uv | pip) ;; *) die "DPO_JAX_INSTALLER must be uv or pip, not $installer" ;; esac
 
-# The stamp says what is installed: a checksum of pyproject.toml and the extras. It is written last, so a killed install starts over.
-stamp=$venv/.dpo_jax
+# The stamp says what is installed: a checksum of pyproject.toml and the extras. It is written last: a first install that was killed
+# starts over, and a later one, of which the packages may be in use, is repeated in place.
+stamp=$venv/.dpo_jax made=$venv/.made_by_dpo_jax
 project=$(cksum <pyproject.toml)
 had_project='' had_extras=''
 if [ -f "$stamp" ] && "$venv/bin/python" -c '' 2>/dev/null; then
@@ -104,8 +109,8 @@ else
 fi
 if command -v "${DPO_JAX_PYTHON:-}" >/dev/null && [ "$("$venv/bin/python" -V)" != "$("$DPO_JAX_PYTHON" -V)" ]; then
   say "$venv has $("$venv/bin/python" -V), asked for $("$DPO_JAX_PYTHON" -V): recreating it"
-  had_extras=''
   make_venv
+  had_extras=''
 fi
 
 missing=''
@@ -115,7 +120,7 @@ done
 if [ -n "$missing" ] || [ "$project" != "$had_project" ]; then
   all=$had_extras$missing
   all=${all#,}
-  rm -f "$stamp"
+  [ -z "$had_extras" ] || printf 'unfinished\n%s\n' "$had_extras" >"$stamp"
   install "$all"
   printf '%s\n%s\n' "$project" "$all" >"$stamp"
   say "ready: $venv"

@@ -49,6 +49,7 @@ read_arguments() {
   done
   [ -n "$run_dir" ] || run_dir=$(sed -n '/^run:/,/^[a-z]/s/^  dir: *\([^ #]*\).*/\1/p' "$dpo_config")
   [ -n "$run_dir" ] || die "$dpo_config has no run.dir: give --run.dir DIR"
+  case $run_dir in *[\"\'\&\*\|\>\{\[]*) die "run.dir in $dpo_config is quoted: give --run.dir DIR" ;; esac
   if [ -z "$steps" ]; then
     [ "$many_hosts" = yes ] && steps=sft,refs,dpo,eval || steps=audit,sft,refs,dpo,eval,export
   fi

@@ -232,6 +232,7 @@ mkdir -p dpo_jax && tar -xzf dpo_jax.tar.gz -C dpo_jax
 [ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
 sudo mkdir -p $(quoted "$mount")
 mountpoint -q $(quoted "$mount") || sudo mount -t nfs $(quoted "$nfs" "$mount")
+[ "\$(findmnt -no SOURCE $(quoted "$mount"))" = $(quoted "${nfs%/}") ] || { echo $(quoted "$mount has another disk than $nfs: unmount it first") >&2; exit 1; }
 [ -w $(quoted "$mount") ] || { echo $(quoted "$nfs is not writable for you") >&2; exit 1; }
 export PATH="\$HOME/.local/bin:\$PATH"
 command -v uv >/dev/null || python3 -m pip install --quiet --user uv
@@ -328,6 +329,8 @@ scratch=/tmp/dpo_jax
 if [ "$dry_run" = no ]; then
   scratch=$(mktemp -d)
   trap 'rm -rf "$scratch"' EXIT
+  # A request goes on without this program: it may be granted, and cost, hours later.
+  trap 'say "stopped here; $costs"; exit 130' INT TERM HUP
 fi
 errors=$scratch/errors
 case $verb in

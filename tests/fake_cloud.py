@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TOOLS = shlex.split(
-    "basename bash cat chmod cksum cp date dirname env flock git grep gzip head ln mkdir mktemp mv rm sed setsid sleep sort"
+    "basename bash cat chmod cksum cp date dirname env flock git grep gzip head ln ls mkdir mktemp mv rm sed setsid sleep sort"
     " tail tar"
 )
 WORKERS = 2
@@ -49,6 +49,7 @@ class Cloud:
         self.add("gcloud", f'exec "{sys.executable}" -S "{__file__}" "$@"')
         self.add("sudo", RECORD)
         self.add("mountpoint", "exit 1")
+        self.add("findmnt", 'sed -n "s/.*mount -t nfs \\([^ ]*\\) .*/\\1/p" "$CLOUD/calls" | tail -n 1')
         self.add("uv", UV)
 
     def add(self, name, text, *, folder=None):

@@ -105,6 +105,32 @@ def test_env_starts_over_after_a_failed_install(machine):
     assert machine.called("-m pip install")
 
 
+def test_env_touches_no_environment_of_others(machine):
+    machine.add_python("python3", 12)
+    other = machine.repository / "mine"
+    (other / "lib").mkdir(parents=True)
+    (other / "pyvenv.cfg").write_text("home")
+    done = machine.run("launch/env.sh", DPO_JAX_VENV="mine")
+    assert (done.returncode, (other / "lib").is_dir()) == (1, True)
+    assert "mine was not made by this script: remove it, or name another place in DPO_JAX_VENV" in done.stderr
+
+
+def test_env_keeps_what_works_if_an_update_fails(machine):
+    """Without a network a changed pyproject.toml cannot be followed; the environment may be in use by a run."""
+    machine.add_python("python3", 12)
+    assert machine.run("launch/env.sh").returncode == 0
+    with open(machine.repository / "pyproject.toml", "a") as file:
+        file.write("\n# changed\n")
+    Path(f"{machine.calls}.offline").touch()
+    for _ in range(2):
+        assert machine.run("launch/env.sh").returncode != 0
+        assert not machine.called("-m venv")
+        assert (machine.repository / ".venv" / "bin" / "dpo-jax").is_file()
+    Path(f"{machine.calls}.offline").unlink()
+    assert machine.run("launch/env.sh").returncode == 0
+    assert machine.called("--editable .[cpu,test]")
+
+
 @pytest.mark.parametrize(
     ("pythons", "expected"),
     [

@@ -228,3 +228,14 @@ def test_help_names_the_steps():
     result = subprocess.run(["bash", str(ROOT / "launch" / "hh_pipeline.sh"), "--help"], capture_output=True, text=True)
     assert result.returncode == 0
     assert "The steps: audit, sft, refs, dpo, eval, export." in result.stdout
+
+
+@pytest.mark.parametrize("name", ['"runs/my run"', "'runs/hh'", "*runs"])
+def test_a_quoted_run_dir_is_not_guessed(chain, tmp_path, name):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"run:\n  dir: {name}\n")
+    command = ["bash", str(ROOT / "launch" / "hh_pipeline.sh")]
+    done = subprocess.run(command, env=chain.env | {"DPO_JAX_DPO_CONFIG": str(config)}, capture_output=True, text=True)
+    assert f"run.dir in {config} is quoted: give --run.dir DIR" in done.stderr
+    assert done.returncode == 2
+    assert not chain.calls_file.exists()

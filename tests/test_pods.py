@@ -476,6 +476,22 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     ended = subprocess.run(["bash", "-c", first], env=cloud.environment | sky, cwd=cloud.clone, capture_output=True)
     assert ended.returncode == 143  # so that it is started again
     assert (cloud.share / "hh" / "dpo" / "metrics.jsonl").is_file()  # what the first host has written is kept
+
+    def code():
+        return subprocess.run(
+            ["bash", "-c", first], env=cloud.environment | sky, cwd=cloud.clone, capture_output=True
+        ).returncode
+
+    # Another host is gone: started again, but not for ever if no start gets to a new checkpoint.
+    cloud.add("dpo-jax", "exit 134", folder=venv)
+    assert [code() for _ in range(5)] == [134] * 4 + [1]
+    cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/500; exit 134", folder=venv)
+    assert [code() for _ in range(4)] == [134] * 4
+    # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
+    cloud.add("dpo-jax", "exit 0", folder=venv)
+    assert code() == 0
+    shutil.rmtree(results)
+    assert code() == 74
     assert shlex.split(task["setup"])[-1] == "./launch/env.sh"
 
 
