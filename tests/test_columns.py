@@ -126,6 +126,15 @@ def test_a_prompt_in_another_column_is_refused_with_the_option_that_reads_it(nam
     assert pair.chosen in json.dumps(row)
 
 
+def test_the_remedy_says_what_it_does_not_read(tmp_path):
+    """LLaMA-Factory's rows: earlier turns are in `history`."""
+    row = {"instruction": Q, "input": "", "history": [["Hi", "Hello"]], **SIDES}
+    with pytest.raises(DataError) as refusal:
+        load(written(tmp_path / "train.jsonl", row))
+    wanted = "--data.columns prompt=instruction+input reads 'instruction', but not 'history' (give messages instead)"
+    assert wanted in str(refusal.value)
+
+
 AS_BEFORE = {
     "UltraFeedback": (
         {"prompt": Q, "prompt_id": "a1", "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD], "messages": [ASKED, GOOD]},

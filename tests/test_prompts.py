@@ -124,3 +124,11 @@ def test_a_terminal_is_shown_turns_and_no_controls():
     said = {"prompt": RENDERED.text, "turns": [HI], "completion": "a\x1b[2Jb"}
     assert for_terminal(said) == "\nuser: hi\nassistant: \x1b[1ma\\x1b[2Jb\x1b[0m"
     assert for_terminal({"prompt": "A\x9b film", "completion": " is"}) == "\nA\\x9b film\x1b[1m is\x1b[0m"
+
+
+@pytest.mark.parametrize("name", ["prompts.csv", "prompts.tsv", "prompts.parquet", "prompts.jsonl.gz"])
+def test_a_table_is_not_read_as_lines(tokenizer, tmp_path, name):
+    """The first prompt of a CSV file would be the name of its column."""
+    (tmp_path / name).write_text("prompt\nThe sky is\n")
+    with pytest.raises(ConfigError, match=rf"sample.prompts_file: .*{name} is a table; .* or read it as data: --data.path"):
+        prompts_of_file(str(tmp_path / name), tokenizer, chat=False)

@@ -20,6 +20,7 @@ from dpo_jax.data.terminal import json_text
 from dpo_jax.runtime.progress import reported
 from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, read_text
 
+TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xlsx")
 IMAGE = "[image]"
 ARTICLE_CUE = "\nTL;DR:"  # makes a policy trained on Reddit summaries summarise an article
 
@@ -91,6 +92,11 @@ def prompts_of_file(name: str, tokenizer: Any, *, chat: bool) -> list[Prompt]:
     rendered by the tokenizer's chat template with its generation prompt; with `chat`, a text is rendered as a user turn. Raises
     `ConfigError` naming file, line and field.
     """
+    if name.lower().endswith(TABLES):
+        raise ConfigError(
+            f"sample.prompts_file: {name} is a table; write its prompts as lines of a text file, or as JSON Lines "
+            '({"prompt": ...}), or read it as data: --data.path'
+        )
     prompts, rows = [], name.lower().endswith((".jsonl", ".json", ".ndjson"))
     try:
         content = read_text(name).removeprefix("\ufeff")  # a byte order mark, as some editors write one

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 from dpo_jax.data.chat import chat_completions
 from dpo_jax.data.columns import Row, text
 from dpo_jax.data.conversations import same_kind
-from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair, check_prompt
+from dpo_jax.data.pairs import BadRow, Cause, DataError, Preference, Spans, check_completion, check_pair, check_prompt
 from dpo_jax.data.row_kinds import Ranking
+from dpo_jax.untrusted import Unreadable
 
 Rows = Iterable[tuple[str, Row]]
 Candidates = Iterator[tuple[str, Preference | BadRow]]
@@ -27,6 +28,10 @@ def one_each(
             yield uid, _with_subset(preference(uid, row), row, subset)
         except BadRow as problem:
             yield uid, problem
+        except DataError:
+            raise
+        except Unreadable as error:  # the template's limits of time and memory: each further row might take as long
+            raise DataError(f"{uid}: {Cause.CHAT_TEMPLATE}: {error}", causes=[Cause.CHAT_TEMPLATE]) from error
 
 
 def _with_subset(preference: Stated, row: Row, column: str) -> Stated:
@@ -44,6 +49,16 @@ def refuse_images(row: Row) -> None:
     for name in ("images", "image"):
         if row.get(name):
             raise BadRow(Cause.UNREAD_COLUMN, "images are read in the format trl only", field=name)
+
+
+def chat_options(row: Row) -> dict[str, Any]:
+    """The columns of a row that the chat template reads besides messages."""
+    return {name: row[name] for name in ("tools", "chat_template_kwargs") if name in row}
+
+
+def unread_options(row: Row) -> tuple[str, ...]:
+    """Notes on such columns of a row of texts."""
+    return tuple(f"{name}: not read with texts, only with messages" for name, value in chat_options(row).items() if value)
 
 
 def checked(preference: Preference) -> Preference:
@@ -64,7 +79,7 @@ def completions_of(
     refuse_images(row)
     prompt, sides = same_kind(row, dict(completions))
     if isinstance(prompt, list):
-        found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer)
+        found = chat_completions(prompt, sides, uid=uid, tokenizer=tokenizer, **chat_options(row))
         more = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
         return found.prompt, found.completions, found.spans, more
     prompt = text(row, "prompt")
@@ -72,4 +87,4 @@ def completions_of(
     texts = [text(sides, name) for name in sides]
     for name, completion in zip(sides, texts, strict=True):
         check_completion(completion, field=name)
-    return prompt, texts, [None] * len(texts), {}
+    return prompt, texts, [None] * len(texts), {"notes": unread_options(row)}

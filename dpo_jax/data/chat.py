@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_jax.data.messages import Message, Template, call_names, read_messages, read_template
+from dpo_jax.data.messages import Message, Template, call_names, content_of, is_learnt, read_messages, read_template
 from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair
 from dpo_jax.data.special_tokens import ends_in_special
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
@@ -44,7 +44,7 @@ def chat_preference(
     """
     template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=uid)
     sides = [read_messages(side, name, tokenizer) for side, name in zip((chosen, rejected), SIDES, strict=True)]
-    if sides[0] == sides[1]:
+    if [*map(content_of, sides[0])] == [*map(content_of, sides[1])]:
         raise BadRow(Cause.IDENTICAL, "chosen and rejected are the same messages")
     context = 0  # turns that both completions begin with and that are not compared
     if prompt is None:
@@ -92,9 +92,17 @@ def chat_text(messages: Any, *, uid: str, tokenizer: Any, tools: Any = None, cha
     return _conversation(template, turns[:first], {"messages": turns[first:]})
 
 
-def chat_completions(prompt: list[Any], completions: Mapping[str, Any], *, uid: str, tokenizer: Any) -> Conversation:
+def chat_completions(
+    prompt: list[Any],
+    completions: Mapping[str, Any],
+    *,
+    uid: str,
+    tokenizer: Any,
+    tools: Any = None,
+    chat_template_kwargs: Any = None,
+) -> Conversation:
     """Render one prompt and any number of completions (lists of messages by name), as `chat_preference` does."""
-    template = read_template(tokenizer, where=uid)
+    template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=uid)
     turns = read_messages(prompt, "prompt", tokenizer)
     sides = {name: read_messages(side, name, tokenizer) for name, side in completions.items()}
     rendered = _conversation(template, turns, sides)
@@ -120,7 +128,7 @@ def _conversation(
 
 def _digest(messages: list[Message]) -> str:
     """Identifies a prompt independently of how a template renders it. (`default=str`: parquet values can have any type.)"""
-    text = json.dumps(messages, sort_keys=True, default=str)
+    text = json.dumps([content_of(message) for message in messages], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -144,7 +152,7 @@ def _implicit(chosen: list[Message], rejected: list[Message]) -> tuple[list[Mess
     both completions, as context.
     """
     shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) and content_of(chosen[shared]) == content_of(rejected[shared]):
         shared += 1
     end = shared
     if shared < min(len(chosen), len(rejected)):
@@ -179,6 +187,8 @@ def _check_completion(messages: list[Message], field: str, *, context: int) -> N
     if len(messages) > MAX_TURNS:
         raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, but the limit is {MAX_TURNS:,}", field=field)
     own = [message for message in messages[context:] if message["role"] == "assistant"]
+    if own and not any(map(is_learnt, own)):
+        raise BadRow(Cause.EMPTY, "every turn of the assistant has weight 0, so there is nothing to learn", field=field)
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
 
@@ -215,7 +225,7 @@ def _rendered(
     texts, spans = [asked[:start]], []
     for (name, side), whole in zip(sides.items(), wholes, strict=True):
         texts.append(_without_end(whole[start:], template.tokenizer))
-        if len(side) == 1:
+        if len(side) == 1:  # scored as a whole
             spans.append(None)
             continue
         found = assistant_spans(template, turns, side, whole, start=start, context=context, field=name)

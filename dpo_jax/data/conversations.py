@@ -9,7 +9,9 @@ from typing import Any
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
 
-_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}  # of ShareGPT
+_ASSISTANTS = ("gpt", "chatgpt", "bard", "bing", "claude", "model", "bot")
+_ROLES = {"human": "user", "observation": "tool", **dict.fromkeys(_ASSISTANTS, "assistant")}  # of ShareGPT
+_KNOWN = ("system", "developer", "user", "assistant", "tool")
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
@@ -68,9 +70,19 @@ def _messages(value: Any) -> Any:
         value = [value]
     if not isinstance(value, list) or not all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
         return value
-    return [
-        _turn(_ROLES.get(one["from"], one["from"]) if isinstance(one["from"], str) else None, one["value"]) for one in value
-    ]
+    return [_turn(_role(one["from"]), one["value"]) for one in value]
+
+
+def _role(name: Any) -> str | None:
+    """The template's name of a ShareGPT role. Raises `BadRow` for an unknown one, which a template would write as it is."""
+    if not isinstance(name, str):
+        return None
+    role = _ROLES.get(name, name)
+    if role not in _KNOWN:
+        of_tools = "; write a call as `tool_calls` of a message of the assistant" if "call" in name else ""
+        known = ", ".join((*_ROLES, *_KNOWN))
+        raise BadRow(Cause.WRONG_TYPE, f"unknown role {name[:60]!r}{of_tools} (known: {known})", field="from")
+    return role
 
 
 def _turn(role: Any, content: Any) -> dict[str, Any]:

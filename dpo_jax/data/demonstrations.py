@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from dpo_jax.data.candidates import Candidates, Rows, completions_of, one_each, refuse_images
+from dpo_jax.data.candidates import Candidates, Rows, chat_options, completions_of, one_each, refuse_images
 from dpo_jax.data.chat import chat_text
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.conversations import whole_conversation
@@ -20,8 +20,7 @@ def sft_messages(rows: Rows, *, tokenizer: Any = None) -> Candidates:
 
     def preference(uid: str, row: Row) -> Preference:
         refuse_images(row)
-        more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
-        found = chat_text(whole_conversation(row), uid=uid, tokenizer=tokenizer, **more)
+        found = chat_text(whole_conversation(row), uid=uid, tokenizer=tokenizer, **chat_options(row))
         shown = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
         return _demonstration(found.prompt, found.completions[0], uid, found.spans[0], **shown)
 

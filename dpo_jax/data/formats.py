@@ -11,7 +11,17 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from dpo_jax.data.candidates import Candidates, Rankings, Rows, checked, completions_of, one_each, with_target
+from dpo_jax.data.candidates import (
+    Candidates,
+    Rankings,
+    Rows,
+    chat_options,
+    checked,
+    completions_of,
+    one_each,
+    unread_options,
+    with_target,
+)
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text, truth
 from dpo_jax.data.conversations import conversation
@@ -52,7 +62,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     def preference(uid: str, row: Row) -> Preference:
         row, images = take_images(row, tokenizer)
         prompt, *sides = conversation(row)
-        more = {name: column(row, name) for name in ("tools", "chat_template_kwargs") if name in row}
+        more = chat_options(row)
         if any(isinstance(side, list) for side in sides):
             turns = prompt if isinstance(prompt, list) else None
             found = chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
@@ -60,7 +70,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)
-        unread = tuple(f"{name}: not read with texts, only with messages" for name, value in more.items() if value)
+        unread = unread_options(row)
         if "prompt" in row:
             return checked(Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread))
         cut = common_prompt(chosen, rejected)

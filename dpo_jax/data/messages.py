@@ -18,6 +18,7 @@ from dpo_jax.untrusted import parse_json
 
 Message = dict[str, Any]
 MAX_MESSAGES = 10_000
+_SAID = ("name", "reasoning_content", "reasoning", "thinking")
 
 
 class Template(NamedTuple):
@@ -80,6 +81,8 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
     text(message, "role", inside=f"{place}.")
     # parquet gives every message every key that any message has
     kept = {key: item for key, item in message.items() if item is not None}
+    if kept.get("weight", 1) not in (0, 1):
+        raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {kept['weight']!r}", field=f"{place}.weight")
     calls = kept.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise BadRow(Cause.WRONG_TYPE, "a list of tool calls (objects) is needed", field=f"{place}.tool_calls")
@@ -121,6 +124,20 @@ def _joined(parts: list[Any], place: str) -> str:
             )
         texts.append(text(part, "text", inside=f"{inside}."))
     return "".join(texts)
+
+
+def is_learnt(message: Message) -> bool:
+    """Whether a turn of the assistant is scored: OpenAI's fine-tuning files mark the others with `"weight": 0`."""
+    return message.get("weight", 1) != 0
+
+
+def content_of(message: Message) -> Message:
+    """What a message says, without ids, times and other facts about it, and independent of the form a template reads it in."""
+    said = {name: message[name] for name in _SAID if message.get(name) not in (None, "")}
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    if calls:
+        said["tool_calls"] = [_call(call, as_text=False) for call in calls if isinstance(call, Mapping)]
+    return {"role": message["role"], "content": message.get("content") or "", **said}
 
 
 def call_names(message: Message) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpo_jax.data.candidates import Candidates, Rows, one_each, refuse_images
+from dpo_jax.data.candidates import Candidates, Rows, chat_options, one_each, refuse_images, unread_options
 from dpo_jax.data.chat import chat_completions
 from dpo_jax.data.columns import Row, text
 from dpo_jax.data.conversations import same_kind
@@ -18,11 +18,11 @@ def prompts(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         refuse_images(row)
         prompt, _ = same_kind(row, {})
         if isinstance(prompt, list):
-            found = chat_completions(prompt, {}, uid=uid, tokenizer=tokenizer)
+            found = chat_completions(prompt, {}, uid=uid, tokenizer=tokenizer, **chat_options(row))
             shown = {"chat": True, "notes": found.notes, "prompt_digest": found.prompt_digest}
             return Preference(found.prompt, "", "", uid, **shown)
         prompt = text(row, "prompt")
         check_prompt(prompt)
-        return Preference(prompt, "", "", uid)
+        return Preference(prompt, "", "", uid, notes=unread_options(row))
 
     return one_each(rows, preference)

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from dpo_jax.data.messages import Message, Template, call_names
+from dpo_jax.data.messages import Message, Template, call_names, is_learnt
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.special_tokens import special_tokens
 
@@ -19,12 +19,13 @@ def assistant_spans(
 
     `whole` is `prompt + side` rendered; the completion begins at `start`, and its first `context` turns are not scored. A turn
     begins after the previous turns and the generation prompt. It includes what the template writes after it, such as EOS, but
-    not the following white space. Raises `BadRow` for a template that rewrites the turns before an answer.
+    not the following white space. A turn of weight 0 is context. Raises `BadRow` for a template that rewrites the turns before
+    an answer.
     """
     spans = []
     for index in range(context, len(side)):
         turn, before = side[index], prompt + side[:index]
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or not is_learnt(turn):
             continue
         begin = start if index == 0 else _begin(template, before, whole, field)
         if index == len(side) - 1:

@@ -74,7 +74,10 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
     if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are not pairs
         option = _option(mapped, {"system": found[0]})
     reads = f"{option} reads" if option else "rename the column to read"
+    left = [name for name in found if option and name not in option]  # for example earlier turns in `history`
     it = "it" if len(found) == 1 else "them"
+    if left:
+        it = f"{shown_names(name for name in found if name not in left)}, but not {shown_names(left)} (give messages instead)"
     then = " (the prompt is then the common beginning of chosen and rejected)" if prompts else ""
     return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {_option(mapped, none)} goes without{then}"
 
