@@ -13,7 +13,7 @@ import pytest
 from fake_judge import Fail, Say, fake_judge
 
 from dpo_jax.data.completion_files import without_cue
-from dpo_jax.judge.asking import Budget, Unfinished, ask_all
+from dpo_jax.judge.asking import Budget, Refused, Unfinished, ask_all
 from dpo_jax.judge.endpoint import Endpoint, Fault, wait_of
 from dpo_jax.judge.injections import injections
 from dpo_jax.judge.questions import (
@@ -355,7 +355,7 @@ def test_one_unanswerable_question_does_not_hold_up_the_others(tmp_path):
         return Fail(400) if "post 3" in asked[-1]["content"] else Say(A)
 
     with fake_judge(script) as judge, VerdictLog(tmp_path / "log", {}) as log:
-        with pytest.raises(Unfinished, match="2 questions have no answer"):
+        with pytest.raises(Refused, match="2 questions are refused by the endpoint"):
             ask(judge.url, questions, log)
         assert len(log.verdicts) == 18
         assert set(judge.asked.values()) == {1}

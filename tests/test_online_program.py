@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from fake_judge import Say, fake_judge
+from fake_judge import Fail, Say, fake_judge
 from test_judge import KEY, A, B
 from tiny_run import _compilation_cache, _plots_once, bytes_of, call, copy, done, refused  # noqa: F401  fixtures
 
@@ -67,6 +67,20 @@ def test_answers_become_labels(tmp_path):
         swapped = [Asked(prompt, (second, first)) for prompt, (first, second) in COMPARISONS[:1]]
         assert by_judge(judged_by(judge.url), tmp_path / "verdicts.jsonl", KEY, 0, swapped) == [0.5]
         assert sum(judge.asked.values()) == 6  # the same two questions, in the other order
+
+
+def test_a_comparison_that_the_endpoint_refuses_stays_undecided(tmp_path, capsys):
+    """A filter refuses it each time: the run would never get past it."""
+
+    def script(asked, number):
+        return Fail(400) if "post 1" in asked[-1]["content"] else prefers("first")(asked, number)
+
+    with fake_judge(script) as judge:
+        found = by_judge(judged_by(judge.url), tmp_path / "verdicts.jsonl", KEY, 0, COMPARISONS[:3])
+    assert found == [1.0, None, 1.0]
+    assert "round 0: 2 questions are refused by the endpoint" in capsys.readouterr().out
+    with fake_judge(lambda asked, number: Fail(400)) as judge, pytest.raises(Unfinished):  # of wrong options
+        by_judge(judged_by(judge.url), tmp_path / "other.jsonl", KEY, 0, COMPARISONS[:3])
 
 
 def ratings_of(key, prefers_first, *, rater="ann", items=None):

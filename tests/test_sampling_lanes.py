@@ -65,6 +65,21 @@ def test_completions_that_share_a_prompt_are_those_that_do_not(name):
     np.testing.assert_allclose(found.logps, scored, rtol=1e-5, atol=1e-5)
 
 
+def test_a_completion_past_the_position_table_spoils_no_other():
+    """GPT-2 has learned positions. The first prompt's completions leave them; the second's, in the same lanes, do not."""
+    sizes = {"vocab_size": V, "width": 16, "layers": 2, "heads": 2, "max_positions": 12}
+    model = make_model(decoder_config(hf_config("gpt2", **sizes, eos_token_id=EOS)))
+    variables = jax.tree.map(lambda x: x * 4 + 0.01, jax.jit(model.init)(jax.random.key(1)))
+    prompts, lengths = left_pad([[1, 2, 3, 1, 2, 3, 1, 2, 3], [2, 3]])
+    keys = jax.random.split(jax.random.key(4), 8)
+    run = jax.jit(functools.partial(generate, model, max_new_tokens=9, eos_id=EOS, completions=4), static_argnames="lanes")
+    apart, together = (run(variables, prompts, lengths, keys, lanes=lanes) for lanes in (None, 2))
+    assert np.isnan(apart.logps[:4]).any()
+    assert np.isfinite(apart.logps[4:]).all()
+    np.testing.assert_array_equal(together.tokens[4:], apart.tokens[4:])
+    np.testing.assert_allclose(together.logps[4:], apart.logps[4:], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("parts", "count", "of"), [(1, 3, 7), (2, 2, 6), (1, 5, 5)])
 def test_every_completion_is_drawn_once_and_no_lane_waits(parts, count, of):
     rng = np.random.default_rng(0)

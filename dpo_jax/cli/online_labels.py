@@ -12,7 +12,7 @@ from typing import Any
 from dpo_jax.cli.commands.judge import api_key, ask, outcome_in, questions_of, verdict_settings
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.extras import install_command
-from dpo_jax.judge.asking import Unfinished
+from dpo_jax.judge.asking import Refused, Unfinished
 from dpo_jax.judge.questions import Pair
 from dpo_jax.judge.verdicts import VerdictLog
 from dpo_jax.models.digest import files_digest
@@ -25,7 +25,7 @@ from dpo_jax.study.ratings import Judgment, read_key, read_raters, read_records,
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import write_text
 
-LABELS: dict[str, Label] = {"won": 1.0, "lost": 0.0, "flipped": 0.5, "failed": None}
+LABELS: dict[str, Label] = {"won": 1.0, "lost": 0.0, "flipped": 0.5, "failed": None, "unanswered": None}
 """A judge's verdict on a comparison -> its label. The same letter in both orders says nothing about the texts: a tie."""
 RATED: dict[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
@@ -72,7 +72,10 @@ def by_first(compare: Compare) -> Compare:
 
 
 def by_judge(config: Config, path: Path, key: str | None, number: int, comparisons: Sequence[Asked]) -> list[Label]:
-    """Asks the judge. The log at `path` and the caps are shared by all rounds. Raises `Unfinished` if a cap is reached."""
+    """Asks the judge. The log at `path` and the caps are shared by all rounds. Raises `Unfinished` if a cap is reached.
+
+    A comparison that the endpoint refuses stays undecided: asked again, it would be refused again, and the run would end there.
+    """
     asked = [
         questions_of(config, Pair(f"round {number}:{place}", "online", None, prompt, first, second))
         for place, (prompt, (first, second)) in enumerate(comparisons)
@@ -80,7 +83,10 @@ def by_judge(config: Config, path: Path, key: str | None, number: int, compariso
     with VerdictLog(path, verdict_settings(config)) as log:
         if log.interrupted:
             print(f"{log.interrupted} questions were in flight when the run last ended: asked again, and counted as paid")
-        asyncio.run(ask(config, [question for both in asked for question in both], log, key))
+        try:
+            asyncio.run(ask(config, [question for both in asked for question in both], log, key))
+        except Refused as refused:
+            print(f"round {number}: {refused}; their comparisons stay undecided", flush=True)
         return [LABELS[outcome_in(both, log)] for both in asked]
 
 

@@ -30,6 +30,10 @@ class Unfinished(RuntimeError):
     agreed = True  # the first host tells the others
 
 
+class Refused(Unfinished):
+    """The endpoint answers, but refuses some questions as they are (a filter, a text too long for it). It will again."""
+
+
 class Budget(NamedTuple):
     """Caps on all requests in the log, earlier starts included; infinity means no cap. Prices are per token."""
 
@@ -74,11 +78,13 @@ async def ask_all(
     A question is tried up to `tries` times, after waits of `first_wait` seconds, twice that, and so on, each multiplied by a
     random number, so that clients that failed together do not retry together. `settled()` is called after each answer and each
     fault. Raises `Unfinished` if a cap of `budget` would be exceeded, if the endpoint refuses everything or stays silent, or
-    if a question is left without an answer; it waits for requests in flight first.
+    if a question is left without an answer, and `Refused` if only refused ones are; it waits for requests in flight first.
     """
     todo = {question.key: question for question in questions if question.key not in log.verdicts}
     asker = _Asker(ask, log, prompt, max_tokens, tries, budget, settled, first_wait)
     await asker.run(list(todo.values()), concurrency)
+    if not asker.stopped and 0 < asker.unanswered == asker.refused and log.verdicts:
+        raise Refused(f"{asker.refused:,} questions are refused by the endpoint ({asker.faults()})")
     if asker.stopped or asker.unanswered:
         left = f"{asker.unanswered:,} questions have no answer after {tries} tries each ({asker.faults()})"
         raise Unfinished(asker.stopped or left)
@@ -100,7 +106,7 @@ class _Asker:
     ) -> None:
         self.ask, self.log, self.prompt, self.budget, self.settled = ask, log, prompt, budget, settled
         self.max_tokens, self.tries, self.first_wait = max_tokens, tries, first_wait
-        self.stopped, self.said, self.unanswered, self.in_a_row = "", "", 0, 0
+        self.stopped, self.said, self.unanswered, self.refused, self.in_a_row = "", "", 0, 0, 0
         self.over, self.not_before = asyncio.Event(), 0.0
         self.in_flight, self.landed = 0, asyncio.Condition()
 
@@ -135,6 +141,7 @@ class _Asker:
             if self.stopped:
                 return
             if fault.hopeless:
+                self.refused += 1
                 break
             if fault.wait is not None:
                 self.not_before = max(self.not_before, time.monotonic() + fault.wait)

@@ -186,6 +186,9 @@ def _update_cache(cache: Any, k: jax.Array, v: jax.Array, layer: jax.Array, writ
 
     def write(store: jax.Array, new: jax.Array) -> jax.Array:
         new = new.swapaxes(1, 2).astype(store.dtype)
+        # A token past the position table gives NaN. In the cache it would reach the next completion of its lane: a weight of 0
+        # times NaN is NaN.
+        new = jnp.where(jnp.isnan(new), 0, new)
         return jax.lax.dynamic_update_slice(store, new if alone else new[None], at)
 
     cache = (write(cache[0], k), write(cache[1], v))

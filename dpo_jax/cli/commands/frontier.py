@@ -119,7 +119,12 @@ class _Study:
         self.part = planned(config, config.dpo, model)
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
-        # Made at once, so that an impossible one is refused here, not in the middle of the sweep.
+        # Made at once, so that what is impossible is refused here, not in the middle of the sweep or after it.
+        self.optimum_prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
+        try:
+            self.optimum_world = world.with_prompts(train=world.train, test=self.optimum_prompts)
+        except ValueError as error:
+            raise ConfigError(f"frontier.optimum_prompts: {error}; lower data.max_prompt_length") from error
         self.ppo = ppo_method(config, world) if {"ppo", "ppo-gt"} & {*config.frontier.chosen()} else None
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
@@ -246,17 +251,19 @@ class _Study:
         return reward
 
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:
-        section, config, world = self.config.frontier, self.config, self.world
+        section, world, prompts = self.config.frontier, self.world, self.optimum_prompts
         mixed = to_mix(results)
         hosts.barrier("policies")  # settings of the sweep, written by the first host
         policies = [self._saved(self.run_dir.path / "runs" / kept.run.name / kept.folder) for kept in mixed]
-        prompts = prompts_of(config, "optimum_prompts", world.tokenizer)
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
         sizes = {name: getattr(section, name) for name in ("optimum_prompts", "optimum_samples")}
         ended, runs = [kept.point for kept in mixed], [dataclasses.asdict(kept.run) for kept in mixed]
         identity = {"shared": self.shared, **sizes, "mixed": runs, "ended": ended}
+        if len(prompts.ids) > len(world.test.ids):  # otherwise they are the first of those, and in `shared`
+            identity["prompts"] = prompts.digest()
         keep = kept_in(self.run_dir.path / "optimum", identity, say=functools.partial(print, flush=True))
-        return estimate(world, prompts, samples=section.optimum_samples, policies=policies, seed=config.run.seed, keep=keep)
+        how = {"samples": section.optimum_samples, "policies": policies, "seed": self.config.run.seed, "keep": keep}
+        return estimate(self.optimum_world, prompts, **how)
 
 
 def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
