@@ -186,10 +186,10 @@ def encode(
     (chosen, chosen_scored), (rejected, rejected_scored) = (
         _spans_ids(tokenizer, get(side), side, spans)
         if (spans := get(f"{side}_spans")) is not None
-        else (_completion_ids(tokenizer, get(side), side, chat=chat), None)
+        else (ended_ids(get(side), tokenizer, name=side, chat=chat), None)
         for side in ("chosen", "rejected")
     )
-    between = [_completion_ids(tokenizer, text, f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
+    between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
     longer = max(map(len, (chosen, *between, rejected)))
@@ -266,7 +266,7 @@ def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Trunc
     return np.concatenate([ids[:kept], ids[len(ids) - limit + kept :]])
 
 
-def _completion_ids(tokenizer: Any, text: str, name: str, *, chat: bool) -> np.ndarray:
+def ended_ids(text: str, tokenizer: Any, *, name: str = "completion", chat: bool) -> np.ndarray:
     """The completion's ids with exactly one EOS, at the end; with none if a chat template ends it with another token."""
     ids = token_ids(text, tokenizer)
     if chat and tokenizer.eos_token_id in ids:

@@ -54,15 +54,30 @@ def turn_end_token(tokenizer: Any) -> int | None:
     Also None for a template that exceeds its limits, because callers such as sampling from plain texts may have nothing to
     render.
     """
+    after = turn_end(tokenizer).strip()
+    token = next((token for token in special_tokens(tokenizer) if after.startswith(token)), None)
+    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
+
+
+def is_rendered(prompt: str, tokenizer: Any) -> bool:
+    """Whether a chat template wrote a prompt: it holds a special token other than BOS, which a plain text does not."""
     if getattr(tokenizer, "chat_template", None) is None:
-        return None
+        return False
+    return any(token in prompt for token in special_tokens(tokenizer) if token != tokenizer.bos_token)
+
+
+def turn_end(tokenizer: Any) -> str:
+    """The text that the chat template writes after an assistant's last turn.
+
+    "" without a template, and for one that refuses such a turn or exceeds its limits.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return ""
     try:
         answered = _Renderer(tokenizer)([_user("ASKED"), _assistant("ANSWERED")]) or ""
     except Unreadable:
-        return None
-    after = answered.rpartition("ANSWERED")[2].strip()
-    token = next((token for token in special_tokens(tokenizer) if after.startswith(token)), None)
-    return None if token is None else int(tokenizer.convert_tokens_to_ids(token))
+        return ""
+    return answered.rpartition("ANSWERED")[2]
 
 
 class _Renderer:

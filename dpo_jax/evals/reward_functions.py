@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data import reviews
-from dpo_jax.data.encode import Bos, token_ids, with_bos
+from dpo_jax.data.encode import Bos, ended_ids, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
+from dpo_jax.data.template import is_rendered, turn_end
 from dpo_jax.evals.preference import Interval, score_interval
 from dpo_jax.extras import install_command
 from dpo_jax.types import Array, Rows
@@ -162,23 +163,28 @@ def learned(
     bos: Bos = "auto",
     host_part: tuple[int, int] = (0, 1),
 ) -> Reward:
-    """A reward model as a reward function: `score(rows) -> [R]` reads plain rows of one completion each, ended by EOS.
+    """A reward model as a reward function: `score(rows) -> [R]` reads plain rows of one completion each.
 
-    `bos` (`data.encode.with_bos`) must be the setting that the model was trained with.
+    A completion ends as in the pairs that the model was trained on: after a prompt that the chat template wrote
+    (`is_rendered`), as the template ends a turn, otherwise in EOS. `bos` (`data.encode.with_bos`) must be the setting that the
+    model was trained with.
 
     `score` is `reward_model.completion_rewards` with model and variables bound, compiled. It gets `batch` rows at a time, as
     long as the longest text needs, in steps of 16 tokens. With several hosts, each passes its part (`Partitioner.host_part`)
     and gets all rewards. Raises `ValueError` for a text of more than `length` tokens.
     """
 
+    after = turn_end(tokenizer)
+
+    def encoded(prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
+        chat = is_rendered(prompt, tokenizer)
+        asked = with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos, chat=chat)
+        if chat and tokenizer.eos_token not in completion:
+            return asked, ended_ids(completion + after, tokenizer, chat=True)
+        return asked, np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id))
+
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        texts = [
-            (
-                with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos),
-                np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id)),
-            )
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
+        texts = [encoded(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         values = np.empty(len(texts), np.float64)
         for start in range(0, len(texts), batch):
             here = texts[start : start + batch]
