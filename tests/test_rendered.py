@@ -1,14 +1,18 @@
 """Texts that the chat template rendered before (`data.rendered`): the token ids of the messages themselves."""
 
 import json
+import types
 
 import numpy as np
 import pytest
 from chat_templates import CHATML, LLAMA, chat_tokenizer
 
 from dpo_jax.cli import splits
-from dpo_jax.cli.config import load_config
+from dpo_jax.cli.config import Config, load_config
+from dpo_jax.cli.config.lab import FrontierConfig
+from dpo_jax.cli.experiment import encode_samples, labelled_samples
 from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.lab.world import Prompts
 
 TURNS = [
     [{"role": "user", "content": "Where to?"}],
@@ -76,3 +80,21 @@ def test_without_the_option_they_are_refused_with_it_as_the_remedy(chatty, tmp_p
     with pytest.raises(DataError, match="eos_in_text") as caught:
         encoded(tmp_path, torn, chatty, rendered=True)
     assert "--data.rendered" not in str(caught.value)
+
+
+def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_path):
+    """As `encode` gives the messages; and the file of `label` is read with `data.rendered`."""
+    asked = chatty.apply_chat_template(TURNS[0], tokenize=False, add_generation_prompt=True)
+    drawn = types.SimpleNamespace(texts=["By train.", "By bus."])
+    scored = types.SimpleNamespace(completions=drawn, rewards=np.array([1.0, 0.0]))
+    world = types.SimpleNamespace(sample=lambda *_: scored, reference=None, tokenizer=chatty)
+    prompts = Prompts(ids=[np.zeros(1, np.int32)], texts=[asked])
+    config = Config(frontier=FrontierConfig(completions=2, labels="argmax"))
+    folder = tmp_path / "label"
+    folder.mkdir()
+    preferences, _ = labelled_samples(config, world, prompts, folder / "train.jsonl", key=None)
+    wanted = encoded(tmp_path / "messages", [as_messages(TURNS[0], ANSWER)], chatty)[0]
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    for found in (encode_samples(config, preferences, chatty)[0], encoded(tmp_path / "again", rows, chatty, rendered=True)[0]):
+        for part in ("prompt", "chosen", "rejected"):
+            np.testing.assert_array_equal(getattr(found, part), getattr(wanted, part))

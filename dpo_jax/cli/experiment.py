@@ -21,6 +21,7 @@ from dpo_jax.data.pairs import DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.reviews import review_prompts
 from dpo_jax.data.snippets import load_snippets, prefixes, snippets_of
+from dpo_jax.data.template import is_rendered, turn_end
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward, exact_reviews, fit_linear, hf_classifier, sign_accuracy, vader_lexicon
 from dpo_jax.lab.world import SECOND, Prompts, World
@@ -185,7 +186,8 @@ def labelled_samples(
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
     rewards = drawn.rewards.reshape(-1, k)
     how, eos = config.frontier.labels, world.tokenizer.eos_token
-    preferences, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
+    labelled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
+    preferences = _with_turn_ends(labelled, world.tokenizer)
     if is_first():
         _write(preferences, file)
     print(
@@ -195,6 +197,15 @@ def labelled_samples(
         flush=True,
     )
     return preferences, counts
+
+
+def _with_turn_ends(preferences: Sequence[Preference], tokenizer: Any) -> list[Preference]:
+    """Completions of conversations with the end of a turn, as the chat template writes it and as the policy stops there."""
+    after = turn_end(tokenizer)
+    return [
+        dataclasses.replace(p, chosen=p.chosen + after, rejected=p.rejected + after) if is_rendered(p.prompt, tokenizer) else p
+        for p in preferences
+    ]
 
 
 MADE = {"shared": {str: object}, "sha256": str, "uids": [str]}
@@ -225,6 +236,7 @@ def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Pref
 def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer: Any) -> EncodedSet:
     """Labelled samples as tokens."""
     count = len(preferences)
+    preferences = [dataclasses.replace(p, chat=is_rendered(p.prompt, tokenizer)) for p in preferences]
     found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)
     return splits.encode_split(config, PreferenceSet(preferences, found), tokenizer)
 

@@ -13,6 +13,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, sized
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
+from dpo_jax.data.template import is_rendered
 
 
 def run(config: Config) -> int:
@@ -27,12 +28,13 @@ def run(config: Config) -> int:
         )
         for split, prompts, its_key in splits:
             print(f"{split}: {config.frontier.completions} completions of each of {len(prompts.ids):,} prompts", flush=True)
-            _, counts = labelled_samples(config, world, prompts, run_dir.path / f"{split}.jsonl", key=its_key)
+            pairs, counts = labelled_samples(config, world, prompts, run_dir.path / f"{split}.jsonl", key=its_key)
             if not counts.labelled:
                 raise DataError(f"{split}: no pair is left, of {counts.pairs}: {_dropped(counts)}", causes=[Cause.NO_ROWS])
             reports.append(_report(split, counts))
+        rendered = any(is_rendered(pair.prompt, world.tokenizer) for pair in pairs)
         build.describe(run_dir, config, *reports)
-        print(f"read them with --data.source files --data.path {run_dir.path}")
+        print(f"read them with --data.source files --data.path {run_dir.path}" + " --data.rendered" * rendered)
     return 0
 
 
