@@ -145,6 +145,10 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     text = report.summary(results, best)
     assert "(100%, " in text
     assert "(50%, " in text
+    assert "shares are shifted" not in text
+    for reward, told in ((best.reference + 0.05, False), (best.reference + 0.5, True)):  # its interval is +- 0.1
+        reference = Result(Run(report.REFERENCE, "", {}, 0), [point(0, 0.0, reward)], 1.0)
+        assert ("shares are shifted" in report.summary([reference, *results], best)) is told
     table = report.rows(results, best)
     assert [row["regret"] for row in table[:2]] == [pytest.approx(0, abs=0.02), pytest.approx(0.5, abs=0.02)]
     report.write(tmp_path, table)

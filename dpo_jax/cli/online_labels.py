@@ -11,6 +11,7 @@ from typing import Any
 
 from dpo_jax.cli.commands.judge import api_key, ask, outcome_in, questions_of, verdict_settings
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.extras import install_command
 from dpo_jax.judge.asking import Refused, Unfinished
 from dpo_jax.judge.questions import Pair
@@ -34,7 +35,8 @@ def label_settings(config: Config) -> dict[str, Any]:
     """Settings on which every label depends, besides the texts."""
     section, found = config.online, {"reward": config.online.reward}
     if section.reward == "known":
-        return found | {"name": config.frontier.reward, "classifier": config.frontier.classifier}
+        classifier = config.frontier.classifier and classifier_name(config.frontier.classifier)
+        return found | {"name": config.frontier.reward, "classifier": classifier}
     if section.reward == "reward-model":
         assert section.reward_model is not None  # checked with the configuration
         return found | {"reward_model": files_digest(resolve(section.reward_model))[0]}

@@ -143,5 +143,18 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}")
         lines.append(f"{method:22}" + "".join(f"{cell:>24}" for cell in cells))
     brackets = f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 %"
-    several = max((row["seeds"] for row in table), default=0) > 1
-    return "\n".join([*lines, brackets + (" over prompts and seeds (Student's t)" if several else "")])
+    if max((row["seeds"] for row in table), default=0) > 1:
+        brackets += " over prompts and seeds (Student's t)"
+    return "\n".join([*lines, brackets, *_shifted(results, optimum)])
+
+
+def _shifted(results: Sequence[Result], optimum: Optimum) -> list[str]:
+    """A line of the summary if the prompts of the optimum differ from the test prompts by more than chance."""
+    found = next((result.points[-1] for result in results if result.run.method == REFERENCE), None)
+    if found is None or found["reward_low"] <= optimum.reference <= found["reward_high"]:
+        return []
+    reward, low, high = (found[f"reward{end}"] for end in ("", "_low", "_high"))
+    return [
+        f"the reference has a reward of {reward:.2f} ({low:.2f} to {high:.2f}) on the test prompts, but of "
+        f"{optimum.reference:.2f} on those of the optimum: shares are shifted (raise frontier.optimum_prompts)"
+    ]
