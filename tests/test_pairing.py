@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.cli.commands.sample import best_rows, within
+from dpo_jax.cli.commands.sample import best_rows, shown_text, within
 from dpo_jax.data.completion_files import Completion, read_completions
+from dpo_jax.data.encode import token_ids
 from dpo_jax.data.pairs import DataError
 from dpo_jax.judge.pairing import pair_up
 
@@ -67,10 +68,25 @@ def test_a_row_that_is_no_completion_is_told(tmp_path, line, expected):
         read_completions(path, by="temperature")
 
 
+def test_the_reward_reads_what_the_policy_was_shown(tokenizer):
+    whole = token_ids("The sky over the sea is", tokenizer)
+    assert shown_text("as given", whole, whole, tokenizer) == "as given"
+    assert shown_text("as given", whole[-2:], whole, tokenizer) == tokenizer.decode(whole[-2:])
+    bos = np.int32(tokenizer.bos_token_id)
+    assert shown_text("as given", np.append(bos, whole[-2:]), whole, tokenizer) == tokenizer.decode(whole[-2:])
+
+
 def test_the_best_of_the_first_n():
     texts = ["aa", "a", "aaaa", "aaa", "b", "bbb", "bb", "bbb"]
     rows = [{"prompt": text[0], "completion": text, "number": i} for i, text in enumerate(texts)]
-    best = best_rows(rows, [1, 2, 4], lambda prompts, found: np.array([float(len(text)) for text in found]))
+    asked = []
+
+    def reward(prompts, found):
+        asked.extend(prompts)
+        return np.array([float(len(text)) for text in found])
+
+    best = best_rows(rows, ["of a", "of b"], [1, 2, 4], reward)
+    assert asked == ["of a"] * 4 + ["of b"] * 4
     assert [(row["best_of"], row["prompt"], row["number"], row["reward"]) for row in best] == [
         (1, "a", 0, 2.0),
         (1, "b", 4, 1.0),

@@ -48,6 +48,7 @@ def run(config: Config) -> int:
         with_bos(token_ids(text, tokenizer), tokenizer, bos=bos, chat=one.chat) for text, one in zip(read, given, strict=True)
     ]
     prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
+    shown = [shown_text(*of_prompt, tokenizer) for of_prompt in zip(texts, prompts, whole, strict=True)]
     images = [None] * len(given) if vision is None else vision.shown(config, prompts, given, tokenizer)
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
@@ -61,7 +62,7 @@ def run(config: Config) -> int:
         drawn = _draw(complete, variables, prompts, images, jax.random.key(config.run.seed), repeats=most)
         unfinished += sum(not row.pop("finished") for row in drawn)
         rows = [{**_of_prompt(given[i // most]), **row, "temperature": temperature} for i, row in enumerate(drawn)]
-        lines += best_rows(rows, best_of, reward) if reward else rows
+        lines += best_rows(rows, shown, best_of, reward) if reward else rows
     if not is_first():
         return 0
     if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
@@ -102,6 +103,13 @@ def for_terminal(line: Mapping[str, Any]) -> str:
     """A prompt and its completion, in bold; a conversation as turns. Control characters in the texts are escaped."""
     answer = "\nassistant: " if line.get("turns") else ""
     return f"\n{shown_prompt(line)}{answer}\033[1m{printable(line['completion'])}\033[0m"
+
+
+def shown_text(text: str, ids: np.ndarray, whole: np.ndarray, tokenizer: Any) -> str:
+    """What the policy is shown of a prompt, for the reward to read: the text; of a truncated one its `ids`, without BOS."""
+    if len(ids) == len(whole):
+        return text
+    return tokenizer.decode(ids[int(ids[:1].tolist() == [tokenizer.bos_token_id]) :])
 
 
 def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
@@ -151,12 +159,16 @@ def reward_of(config: Config) -> Reward:
     return exact_reviews
 
 
-def best_rows(rows: Sequence[dict[str, Any]], best_of: Sequence[int], reward: Reward) -> list[dict[str, Any]]:
+def best_rows(
+    rows: Sequence[dict[str, Any]], prompts: Sequence[str], best_of: Sequence[int], reward: Reward
+) -> list[dict[str, Any]]:
     """For each n of `best_of` (ascending), the best by `reward` of the first n rows of each prompt, with two more columns.
 
-    `rows` holds the largest n rows for each prompt, side by side.
+    `rows` holds the largest n rows for each of `prompts`, side by side.
     """
-    values = reward([row["prompt"] for row in rows], [row["completion"] for row in rows]).reshape(-1, best_of[-1])
+    most = best_of[-1]
+    asked = [prompt for prompt in prompts for _ in range(most)]
+    values = reward(asked, [row["completion"] for row in rows]).reshape(-1, most)
     found = []
     for n in best_of:
         for number, best in enumerate(values[:, :n].argmax(axis=1)):
