@@ -134,3 +134,22 @@ def test_mean_with_error():
     assert mean_with_error(np.array([3.0])) == (3.0, 0.0)
     mean, error = mean_with_error(np.arange(5.0))
     assert (mean, error) == pytest.approx((2.0, math.sqrt(2.5 / 5)))
+
+
+def test_pairs_of_one_prompt_count_once_in_the_interval():
+    """Six pairs of four completions are no six prompts. Accuracy and the other means stay those of pairs."""
+    rng = np.random.default_rng(0)
+    logps = np.repeat(rng.normal(size=(40, 2)), 6, axis=0)
+    reference = np.zeros_like(logps)
+    loss = functools.partial(dpo_loss, beta=0.1)
+    apart, once = (
+        preference_summary(logps, reference, loss=loss, prompts=prompts)
+        for prompts in (None, np.repeat(np.arange(40), 6).tolist())
+    )
+    alone = preference_summary(logps[::6], reference[::6], loss=loss)
+    ends = ("rewards/accuracies_low", "rewards/accuracies_high")
+    assert [once[end] for end in ends] == pytest.approx([alone[end] for end in ends], abs=1e-12)
+    assert {k: v for k, v in once.items() if k not in ends} == {k: v for k, v in apart.items() if k not in ends}
+    assert once[ends[1]] - once[ends[0]] > 2 * (apart[ends[1]] - apart[ends[0]])
+    distinct = preference_summary(logps, reference, loss=loss, prompts=[*range(240)])
+    assert distinct == pytest.approx(apart)

@@ -6,18 +6,18 @@ whether it is right as often as it believes. Margins are float[P], the reward of
 rejected one.
 
 Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are assumed
-independent: several pairs of one prompt make the intervals too narrow.
+independent, except where `accuracy` is given their prompts: several pairs of one prompt make the intervals too narrow.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import PRIOR, Interval, score_interval, wilson_interval
+from dpo_jax.evals.preference import PRIOR, Interval, by_prompt, score_interval, wilson_interval
 from dpo_jax.losses import tied
 from dpo_jax.types import Array
 
@@ -59,11 +59,14 @@ def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array
     return margins | {"implicit": np.where(tie, 0.0, margins["implicit"])}
 
 
-def accuracy(margins: Array) -> dict[str, float]:
-    """Share of pairs with a positive margin, ties counted half, with its interval: pairs, accuracy, low, high, margin."""
+def accuracy(margins: Array, prompts: Sequence[Hashable] | None = None) -> dict[str, float]:
+    """Share of pairs with a positive margin, ties counted half, with its interval: pairs, accuracy, low, high, margin.
+
+    `prompts[P]`: see `preference.by_prompt`.
+    """
     margins = _finite(margins)
     scores = (1 + np.sign(margins)) / 2
-    low, high = score_interval(scores)
+    low, high = score_interval(*by_prompt(scores, prompts))
     return {
         "pairs": len(margins),
         "accuracy": float(scores.mean()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,11 +67,15 @@ def preference_summary(
     loss: Callable[..., tuple[Array, Array]],
     lengths: Array | None = None,
     desirable: Array | None = None,
+    prompts: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
     `lengths` float[P, 2] are the numbers of scored tokens, for a loss that takes them. For rankings, [P, K], the best and the
     worst completion count. With the labels `desirable` float[P] it summarises single completions (`losses.unpaired_metrics`).
+
+    `prompts[P]` identify the prompts. Pairs of one prompt may share completions and are not independent, so the interval counts
+    a prompt once, with the mean of its pairs.
 
     A pair counts as right if the implicit reward of the chosen completion is higher, and as half right in a tie
     (`losses.right`): a policy equal to its reference has accuracy 0.5.
@@ -87,7 +91,7 @@ def preference_summary(
         sides = [(rewards[which, 0], log_ratios[which, 0]) for which in (np.asarray(desirable) > 0, np.asarray(desirable) == 0)]
         scores = right_label(logps, ref_logps, np.asarray(desirable))
     scores = np.asarray(scores, np.float64)
-    low, high = score_interval(scores)
+    low, high = score_interval(*by_prompt(scores, prompts))
     # Single completions may all have the same label.
     (chosen, moved), (rejected, moved_rejected) = ([float(x.mean()) if len(x) else 0.0 for x in side] for side in sides)
     return {
@@ -101,6 +105,22 @@ def preference_summary(
         "displacement/chosen": moved,
         "displacement/rejected": moved_rejected,
     }
+
+
+def by_prompt(scores: Array, prompts: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(mean score of each prompt, its number of scores), as `score_interval` takes them; without `prompts` each score alone.
+
+    >>> means, sizes = by_prompt([1, 0, 1], ["a", "a", "b"])
+    >>> means.tolist(), sizes.tolist()
+    ([0.5, 1.0], [2, 1])
+    """
+    scores = np.asarray(scores, np.float64)
+    if prompts is None:
+        return scores, None
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    places = np.array([numbers[prompt] for prompt in prompts], np.int64)
+    sizes = np.bincount(places, minlength=len(numbers))
+    return np.bincount(places, scores, minlength=len(numbers)) / sizes, sizes
 
 
 def wilson_interval(successes: float, trials: float, *, z: float = 1.959964) -> Interval:

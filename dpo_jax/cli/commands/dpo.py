@@ -20,7 +20,7 @@ from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.cli.training_samples import sampler_of
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.mixture import by_source
 from dpo_jax.dpo import dpo_step
@@ -135,9 +135,10 @@ def summary_by_source(
 
     def of(places: Any) -> dict[str, float]:
         options = {"lengths": lengths[places], "desirable": None if labels is None else labels[places]}
-        return preference_summary(logps[places], ref_logps[places], loss=loss, **options)
+        return preference_summary(logps[places], ref_logps[places], loss=loss, prompts=prompts[places].tolist(), **options)
 
     lengths, labels, summary = completion_tokens(held_out), labels_of(held_out), {}
+    prompts = np.array([prompt_key(pair) for pair in held_out], object)
     for source, places in by_source(pair.uid for pair in held_out).items():
         found = of(places)
         summary |= {f"{source}/{name}": found[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}

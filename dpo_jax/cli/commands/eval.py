@@ -21,7 +21,7 @@ from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_enc
 from dpo_jax.cli.model_folders import eval_reference
 from dpo_jax.cli.training_samples import distinct_prompts, prompt_line
 from dpo_jax.data import reviews
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.loader import in_order
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import data_digest
@@ -89,7 +89,11 @@ def run(config: Config) -> int:
                 write_rewards(config, run_dir, kept, held_out, logps=logps, ref_logps=ref_logps, weights=weights)
             return 0
         summary = functools.partial(
-            preference_summary, loss=loss, lengths=completion_tokens(held_out), desirable=labels_of(held_out)
+            preference_summary,
+            loss=loss,
+            lengths=completion_tokens(held_out),
+            desirable=labels_of(held_out),
+            prompts=[prompt_key(pair) for pair in held_out],
         )
         report: dict[str, Any] = {
             "pairs": len(held_out),

@@ -13,6 +13,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import trained
+from dpo_jax.data.encode import prompt_key
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
@@ -64,7 +65,8 @@ def run(config: Config) -> int:
             )
         rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
-        low, high = (accuracy(margins)[end] for end in ("low", "high"))
+        spread = accuracy(margins, [prompt_key(pair) for pair in test])
+        low, high = spread["low"], spread["high"]
         folder = save_reward_model(run_dir.export, model, part.merged(variables))
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         if is_first():
