@@ -324,7 +324,11 @@ def test_an_evaluation_also_looks_at_each_source(desirable):
     assert by_source(["x/test.jsonl:1", "y/test.jsonl:1"]) == {"x": [0], "y": [1]}
     assert by_source(["test.jsonl:1", "test.jsonl:2"]) == by_source(["x/test.jsonl:1", "x/test.jsonl:2"]) == {}
     labels = [None] * 5 if desirable is None else [bool(label) for label in desirable]
-    held_out = [types.SimpleNamespace(uid=u, scored_tokens=[1, 1], desirable=d) for u, d in zip(uids, labels, strict=True)]
+    prompts = [np.array([number], np.int32) for number in range(5)]
+    held_out = [
+        types.SimpleNamespace(uid=u, scored_tokens=[1, 1], desirable=d, prompt=p, images=None)
+        for u, d, p in zip(uids, labels, prompts, strict=True)
+    ]
     logps = np.random.default_rng(0).normal(size=(2, 5, 2)).astype(np.float32)
     loss = functools.partial(dpo_loss if desirable is None else kto_loss, beta=0.5)
     found = summary_by_source(held_out, *logps, loss=loss)
