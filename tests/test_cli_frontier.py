@@ -26,7 +26,7 @@ from dpo_jax.cli.frontier_runs import runs_of, shared_settings, to_mix
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.preference import by_prompt, score_interval
 from dpo_jax.evals.reward_functions import vader_lexicon
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairMethod, pair_data
@@ -379,7 +379,8 @@ def test_a_reward_model_says_the_same_when_it_is_read_again(pieces):
     found = json.loads((run / "reward-model" / "result.json").read_text())["test"]
     assert found["loss"] == pytest.approx(np.logaddexp(0, -margins).mean(), abs=1e-6)
     assert found["accuracy"] == (margins > 0).mean()
-    expected = wilson_interval((margins > 0).sum(), len(margins))
+    prompts = [pair.prompt for pair in load_preferences(run / "label", "test")]
+    expected = score_interval(*by_prompt((margins > 0).ravel(), prompts))
     assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(expected, abs=1e-9)
     assert found["pairs"] == len(margins)
     assert f"accuracy {found['accuracy']:.1%}" in printed["reward-model"]
