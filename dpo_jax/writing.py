@@ -59,6 +59,14 @@ def error_number(text: str) -> int | None:
     return next((number for number, words in FULL.items() if words in text), None)  # TensorStore, array_record
 
 
+def with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that led to it: a full disk, for example, arrives wrapped in the writer's own exception."""
+    one: BaseException | None = error
+    while one is not None:
+        yield one
+        one = one.__cause__ or one.__context__
+
+
 @contextmanager
 def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """A file open for writing (text is UTF-8) that appears under its name once it is complete and on disk.

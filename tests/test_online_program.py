@@ -9,7 +9,8 @@ from test_judge import KEY, A, B
 from tiny_run import _compilation_cache, _plots_once, bytes_of, call, copy, done, refused  # noqa: F401  fixtures
 
 from dpo_jax.cli.config import Config, ConfigError, JudgeConfig, OnlineConfig
-from dpo_jax.cli.online_labels import by_judge, by_people
+from dpo_jax.cli.config.lab import FrontierConfig
+from dpo_jax.cli.online_labels import by_judge, by_people, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.judge.asking import Unfinished
@@ -251,3 +252,14 @@ def test_what_a_run_cannot_do_is_refused_before_it_computes(changes, message):
     with pytest.raises(ConfigError) as error:
         refuse_unfit(dataclasses.replace(Config(), **sections))
     assert str(error.value).startswith(message)
+
+
+def test_labels_name_a_classifier_by_its_content(tmp_path):
+    """A moved folder holds the same reward, a changed one another."""
+    settings = []
+    for name, content in (("first", "{}"), ("moved", "{}"), ("changed", '{"a": 1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
+        settings.append(label_settings(Config(frontier=FrontierConfig(reward="hf", classifier=str(tmp_path / name)))))
+    first, moved, changed = settings
+    assert first == moved != changed

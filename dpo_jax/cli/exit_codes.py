@@ -7,7 +7,7 @@ import os
 import sys
 
 from dpo_jax.data.terminal import printable
-from dpo_jax.writing import FULL, error_number
+from dpo_jax.writing import FULL, error_number, with_causes
 
 EXIT_CODES = (
     ("dpo_jax.cli.config.file", "ConfigError", 2),
@@ -44,10 +44,8 @@ def exit_code(error: BaseException) -> int:
 
 
 def _os_error(error: BaseException) -> OSError | None:
-    """The file error behind an exception: a full disk arrives wrapped in the writer's own exception."""
-    chain = [error]
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
-        chain.append(cause)
+    """The file error behind an exception."""
+    chain = [*with_causes(error)]
     name = next((link.filename for link in chain if isinstance(link, OSError) and link.filename), None)
     for link in chain:
         number = getattr(link, "errno", None) or error_number(str(link))

@@ -338,13 +338,9 @@ def _attempt(read: Any) -> tuple[Any, Exception | None]:
         result = read()
     except Exception as caught:
         error = caught
-    of_storage = error is not None and is_of_storage(error)
-    if hosts.anywhere(of_storage):
-        raise (
-            error
-            if error is not None and of_storage
-            else OSError("another host could not read the checkpoint; nothing was moved")
-        )
+    failed = error if error is not None and is_of_storage(error) else None
+    if hosts.anywhere(failed is not None):
+        raise failed or OSError("another host could not read the checkpoint; nothing was moved")
     if hosts.anywhere(error is not None):
         return None, error or ValueError("another host could not read its part")
     return result, None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterator
 
 import jax
+
+from dpo_jax.writing import with_causes
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ}
 """Numbers of system errors to which a damaged or half-deleted folder leads as well. Every other one is of the storage."""
@@ -22,14 +23,7 @@ def is_of_storage(error: BaseException) -> bool:
     TensorStore, which orbax reads with, raises plain `ValueError`s: their texts begin with a status, and may hold the number of
     a system error.
     """
-    return any(_is_of_storage(one) for one in _chain(error))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    one: BaseException | None = error
-    while one is not None:
-        yield one
-        one = one.__cause__ or one.__context__
+    return any(_is_of_storage(one) for one in with_causes(error))
 
 
 def _is_of_storage(error: BaseException) -> bool:
