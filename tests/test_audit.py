@@ -48,7 +48,7 @@ def counts(found):
 def test_duplicates_and_contradictions_are_counted_once_for_each_pair_too_many():
     found = find_repeats(pairs_of("p a b", "p a b", "q a b", "p b a", "p a b", "p ab b"))
     assert counts(found) == (2, 2, 4)
-    assert found.duplicates == (2, 2 / 6, ["t:2 with t:1", "t:5 with t:1"])
+    assert found.duplicates == (2, 2 / 6, ["t:2 with t:1", "t:5 with t:1"], 6)
     assert found.contradictions.examples == ["t:4 with t:1", "t:5 with t:4"]
     assert counts(find_repeats(pairs_of("p a b", "q a b", "p a c", "pa b c"))) == (0, 0, 0)
 
@@ -56,7 +56,7 @@ def test_duplicates_and_contradictions_are_counted_once_for_each_pair_too_many()
 def test_a_ranking_of_three_contradicts_nothing():
     found = find_repeats(pairs_of("p a b", "p b c", "p a c"))
     assert (found.duplicates.pairs, found.contradictions.pairs) == (0, 0)
-    assert found.both_sides == (1, 1 / 3, ["t:2 with t:1"])
+    assert found.both_sides == (1, 1 / 3, ["t:2 with t:1"], 3)
 
 
 def test_overlap_is_of_pairs_of_swapped_pairs_and_of_prompts():
@@ -64,9 +64,22 @@ def test_overlap_is_of_pairs_of_swapped_pairs_and_of_prompts():
     held_out = [pair(*text.split(), uid=f"h:{i}") for i, text in enumerate(("p a b", "q b a", "q a c", "r a b"), 1)]
     found = find_overlap(held_out, train)
     assert counts(found) == (1, 1, 3)
-    assert found.prompts == (3, 0.75, ["h:1 with t:1", "h:2 with t:2", "h:3 with t:2"])
+    assert found.prompts == (3, 0.75, ["h:1 with t:1", "h:2 with t:2", "h:3 with t:2"], 4)
     assert counts(find_overlap(train, train)) == (2, 0, 2)
     assert counts(find_overlap(held_out, [])) == counts(find_overlap([], train)) == (0, 0, 0)
+
+
+def test_plain_texts_overlap_where_they_are_the_same():
+    """All plain texts have an empty prompt, which by itself is no overlap."""
+    train = [pair("", text, text, uid=f"t:{text}", desirable=True) for text in "ab"]
+    held_out = [pair("", text, text, uid=f"h:{text}", desirable=True) for text in "bc"]
+    assert counts(find_overlap(held_out, train)) == (1, 0, 1)
+
+
+def test_copies_made_by_a_weight_are_neither_found_nor_counted():
+    copies = [pair("p", "a", "b", uid=f"t:{number}") for number in (1, 2)]
+    copies += [pair("p", "a", "b", uid=f"t:{number} ({copy})") for number in (1, 2) for copy in (2, 3)]
+    assert find_repeats(copies).duplicates[::3] == (1, 2)
 
 
 def test_only_the_first_three_places_are_kept():
@@ -80,6 +93,13 @@ def test_the_longer_one_wins_as_often_as_the_shorter_one_loses():
     other = longer_wins(-length_differences(pairs))
     assert other["accuracy"] == 1 - rule["accuracy"]
     assert (other["low"], other["high"]) == pytest.approx((1 - rule["high"], 1 - rule["low"]))
+
+
+def test_pairs_of_one_prompt_count_once_in_the_interval_of_the_rule():
+    pairs, prompts = pairs_of("p aa b", "q a bb", "r aa b"), [b"p", b"q", b"r"]
+    once = longer_wins(length_differences(pairs), prompts)
+    assert longer_wins(length_differences(pairs * 9), prompts * 9) == pytest.approx(once)
+    assert longer_wins(length_differences(pairs)) == once
 
 
 def test_cut_tokens_are_counted_by_part_and_a_pair_that_lost_both_ends_once():
@@ -222,7 +242,10 @@ def test_the_audit_is_one_page_of_what_to_look_into(config):
     assert [line.split()[0] for line in marked if line.split()[1].startswith("[")][-2:] == ["chosen", "rejected"]
     report = json.loads((config.parent / "run" / "audit" / "data_report.json").read_text())
     assert report["train"]["repeats"]["duplicates"]["pairs"] == 10
-    assert report["test"]["overlap"]["prompts"] == {"pairs": 1, "share": 1 / 3, "examples": ["test.jsonl:2 with train.jsonl:6"]}
+    assert report["test"]["overlap"]["prompts"] == {
+        **{"pairs": 1, "share": 1 / 3, "of": 3},
+        "examples": ["test.jsonl:2 with train.jsonl:6"],
+    }
     example = report["train"]["example"]
     assert [example[name]["scored"] for name in ("prompt", "chosen", "rejected")] == [False, True, True]
     assert example["chosen"]["ids"][-1] == 0

@@ -187,7 +187,7 @@ def test_correlations_are_scipys():
     assert found["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
     assert correlations(x, -y, seed=0)["spearman"] == pytest.approx(-found["spearman"])
     # A resample is judged as if its pairs were all there were: ranks taken anew, a pair drawn twice tied with itself.
-    (weights,) = _weights(60, seed=0, resamples=200)
+    (weights,) = _weights(np.arange(60), seed=0, resamples=200)
     repeated = [stats.spearmanr(np.repeat(x, w), np.repeat(y, w)).statistic for w in weights.astype(int)]
     interval = np.quantile(repeated, [0.025, 0.975])
     again = correlations(x, y, seed=0, resamples=200)
@@ -257,3 +257,25 @@ def test_the_diagram_is_drawn_also_of_a_single_pair(tmp_path):
     for margins in (RNG.normal(1, 2, 50), np.array([0.3]), np.zeros(4)):
         path = plot_reliability(reliability(margins, seed=0, resamples=10), margins, tmp_path / "r.png", title="t")
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pairs_of_one_prompt_count_once():
+    """Nine copies of every pair, with its prompt, say no more than one."""
+    margins, subsets = LOGPS[:, 0] - LOGPS[:, 1], ["x", "y"] * (len(LOGPS) // 2)
+    prompts = [*range(len(margins))]
+    often, of_prompts = np.tile(margins, 9), prompts * 9
+    once, many = accuracy(margins), accuracy(often, of_prompts)
+    assert {**many, "pairs": len(margins)} == pytest.approx(once)
+    for one, other in zip(accuracy_by(margins, subsets), accuracy_by(often, subsets * 9, of_prompts), strict=True):
+        assert {**other, "pairs": one["pairs"], "subset": 0} == pytest.approx({**one, "subset": 0})
+    assert mean_share(accuracy_by(often, subsets * 9, of_prompts)) == pytest.approx(mean_share(accuracy_by(margins, subsets)))
+    differences = TOKENS[:, 0] - TOKENS[:, 1]
+    few, same = correlations(margins, differences, seed=0), correlations(often, np.tile(differences, 9), of_prompts, seed=0)
+    assert same == pytest.approx(few, abs=0.01)
+    single, tiled = reliability(margins, seed=0), reliability(often, of_prompts, seed=0)
+    assert tiled.ece_interval == pytest.approx(single.ece_interval, abs=0.03)
+    assert tiled.overconfidence_interval == pytest.approx(single.overconfidence_interval, abs=0.01)
+    low, high = reliability(often, seed=0).overconfidence_interval
+    assert high - low == pytest.approx((single.overconfidence_interval[1] - single.overconfidence_interval[0]) / 3, rel=0.05)
+    with pytest.raises(ValueError, match="2 pairs and 1 prompts"):
+        correlations([1.0, 2.0], [1.0, 2.0], ["p"], seed=0)

@@ -200,3 +200,15 @@ def test_points_in_order_and_drawn(tmp_path):
     for count in (len(STYLES) + 1, 40):
         many = win_rates([pair(0, "a", "b", str(i)) for i in range(count)], ["won"] * count)
         assert plot_win_rates(many, tmp_path / f"{count}.png", x=None, baseline="b").stat().st_size > 0
+
+
+def test_both_orders_of_a_pair_are_one_sample():
+    """A judge that always says A in one order and B in the other has no bias, and its interval is narrow."""
+    means, sizes = [0.5] * 40, [2] * 40
+    found = rate(means, sizes)
+    assert found.value == 0.5
+    assert found.high - found.low < 0.1 < rate([1.0, 0.0] * 40).high - rate([1.0, 0.0] * 40).low
+    # Where every pair flips, two letters a pair tell no more than one.
+    flips = [1.0] * 29 + [0.0] * 21
+    assert rate(flips, [2] * 50) == rate(flips)
+    assert rate([1.0, 0.0], [3, 1]).value == 0.75

@@ -44,7 +44,7 @@ def check_repeats(config: Config, train: EncodedSet, test: EncodedSet) -> None:
 
 
 def _counted(finding: Finding, split: EncodedSet) -> str:
-    return f"{finding.pairs:,} of {len(split):,} {split.report.split} pairs"
+    return f"{finding.pairs:,} of {finding.of:,} {split.report.split} pairs"
 
 
 def refuse_repeats(config: Config, found: Found) -> None:

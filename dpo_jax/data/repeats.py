@@ -22,8 +22,9 @@ Key = tuple[bytes, bytes, bytes]  # hashes of prompt, chosen, rejected (for a ra
 
 class Finding(NamedTuple):
     pairs: int  # count
-    share: float  # of all pairs of the split, 0 to 1
+    share: float  # of `of`, 0 to 1
     examples: list[str]  # the first three, "train.jsonl:9 with train.jsonl:8": the pair, and the one that it matches
+    of: int  # the pairs of the split, without copies made by the weight of a source
 
 
 class Repeats(NamedTuple):
@@ -71,9 +72,9 @@ def find_overlap(held_out: Sequence[Encoded], train: Sequence[Encoded]) -> Overl
     found: list[list[str]] = [[], [], []]
     for pair in held_out:
         key = prompt, yes, no = _key(pair)
-        same_prompt = prompts.get(prompt) if len(pair.prompt) > pair.bos_added else None  # plain texts have none
-        twins = seen.get((key, _digest(*pair.between))), sides.get((prompt, no, yes)), same_prompt
-        _note(found, pair.uid, twins)
+        same, swapped = seen.get((key, _digest(*pair.between))), sides.get((prompt, no, yes))
+        shared = prompts.get(prompt) if len(pair.prompt) > pair.bos_added else None  # all plain texts have an empty prompt
+        _note(found, pair.uid, (same, swapped, shared or same or swapped))
     return Overlap(*(_finding(of_kind, len(held_out)) for of_kind in found))
 
 
@@ -103,4 +104,4 @@ def _note(found: Sequence[list[str]], uid: str, twins: Sequence[str | None]) -> 
 
 
 def _finding(found: Sequence[str], pairs: int) -> Finding:
-    return Finding(len(found), len(found) / pairs if pairs else 0.0, list(found[:EXAMPLES]))
+    return Finding(len(found), len(found) / pairs if pairs else 0.0, list(found[:EXAMPLES]), pairs)

@@ -5,8 +5,9 @@ logistic function of the margin. We can therefore measure not only whether a pol
 whether it is right as often as it believes. Margins are float[P], the reward of the chosen completion minus that of the
 rejected one.
 
-Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs are assumed
-independent, except where `accuracy` is given their prompts: several pairs of one prompt make the intervals too narrow.
+Intervals are 95 %. Shares have Wilson's (`score_interval`), correlations a percentile bootstrap (Efron 1979). Pairs of one
+prompt may share completions and are not independent. Where `prompts[P]` identify the prompts (`preference.by_prompt`), an
+interval counts a prompt once, and the bootstrap draws prompts. Without them pairs are assumed independent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import PRIOR, Interval, by_prompt, score_interval, wilson_interval
+from dpo_jax.evals.preference import PRIOR, Interval, by_prompt, effective_number, score_interval, wilson_interval
 from dpo_jax.losses import tied
 from dpo_jax.types import Array
 
@@ -59,16 +60,18 @@ def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array
     return margins | {"implicit": np.where(tie, 0.0, margins["implicit"])}
 
 
-def accuracy(margins: Array, prompts: Sequence[Hashable] | None = None) -> dict[str, float]:
+def accuracy(margins: Array, prompts: Sequence[Hashable] | np.ndarray | None = None) -> dict[str, float]:
     """Share of pairs with a positive margin, ties counted half, with its interval: pairs, accuracy, low, high, margin.
 
-    `prompts[P]`: see `preference.by_prompt`.
+    "independent" is the number of independent pairs with the same error, and "pairs" if no two have the same prompt.
     """
     margins = _finite(margins)
     scores = (1 + np.sign(margins)) / 2
-    low, high = score_interval(*by_prompt(scores, prompts))
+    of_prompts = by_prompt(scores, prompts)
+    low, high = score_interval(*of_prompts)
     return {
         "pairs": len(margins),
+        "independent": len(margins) * effective_number(*of_prompts) / effective_number(scores),
         "accuracy": float(scores.mean()),
         "low": low,
         "high": high,
@@ -76,21 +79,23 @@ def accuracy(margins: Array, prompts: Sequence[Hashable] | None = None) -> dict[
     }
 
 
-def accuracy_by(margins: Array, labels: Sequence[str]) -> list[dict[str, Any]]:
+def accuracy_by(margins: Array, labels: Sequence[str], prompts: Sequence[Hashable] | None = None) -> list[dict[str, Any]]:
     """`accuracy` of the pairs of each label, sorted by label; the label is under "subset"."""
     margins, places = _finite(margins), np.asarray(labels)
     if len(places) != len(margins):
         raise ValueError(f"{len(margins)} margins and {len(places)} labels")
-    return [{"subset": str(name), **accuracy(margins[places == name])} for name in np.unique(places)]
+    groups = _groups(len(margins), prompts)
+    return [{"subset": str(name), **accuracy(margins[of], groups[of])} for name in np.unique(places) for of in [places == name]]
 
 
 def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | None = None) -> dict[str, float]:
     """Weighted mean of independent shares, such as accuracies by subset: accuracy, low, high. Default weights are equal.
 
-    Each row has "accuracy" and "pairs". The interval is Wilson's for the effective number of pairs, which gives the mean the
-    same variance (as in surveys, Korn and Graubard 1998). For this variance half a right and half a wrong pair are added to
-    each row: a small subset without errors is not certain. For a single row it is Wilson's own interval. A tie counts as half
-    a right and half a wrong pair, which makes the interval too wide if there are many.
+    Each row has "accuracy" and "pairs", or "independent" in place of the latter. The interval is Wilson's for the effective
+    number of pairs, which gives the mean the same variance (as in surveys, Korn and Graubard 1998). For this variance half a
+    right and half a wrong pair are added to each row: a small subset without errors is not certain. For a single row it is
+    Wilson's own interval. A tie counts as half a right and half a wrong pair, which makes the interval too wide if there are
+    many.
     """
     weights_ = np.ones(len(rows)) if weights is None else np.asarray(weights, np.float64)
     if len(weights_) != len(rows) or not len(rows) or (weights_ < 0).any() or not weights_.sum() > 0:
@@ -98,7 +103,8 @@ def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | Non
             f"{len(rows)} shares need the same number of weights, none negative and not all 0, got {list(weights_)}"
         )
     weights_ = weights_ / weights_.sum()
-    share, pairs = (np.array([row[name] for row in rows], np.float64) for name in ("accuracy", "pairs"))
+    share = np.array([row["accuracy"] for row in rows], np.float64)
+    pairs = np.array([row.get("independent", row["pairs"]) for row in rows], np.float64)
     likely = (share * pairs + 0.5) / (pairs + 1)
     effective = (weights_ @ likely) * (1 - weights_ @ likely) / (weights_**2 @ (likely * (1 - likely) / pairs))
     mean = float(np.clip(weights_ @ share, 0.0, 1.0))  # rounding may leave the range
@@ -118,7 +124,9 @@ class Reliability(NamedTuple):
     overconfidence_interval: Interval
 
 
-def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int = RESAMPLES) -> Reliability:
+def reliability(
+    margins: Array, prompts: Sequence[Hashable] | None = None, *, seed: int, bins: int = BINS, resamples: int = RESAMPLES
+) -> Reliability:
     """Reliability of beliefs: are pairs with a belief of 80 % right in 80 % of the cases?
 
     Guo et al. 2017, with bins of equal mass as in Nguyen et al. 2015.
@@ -129,42 +137,46 @@ def reliability(margins: Array, *, seed: int, bins: int = BINS, resamples: int =
     ECE is biased upward: even perfect beliefs leave a gap in a bin of few pairs. Compare it with `expected_ece`; a value that
     perfect beliefs would also give is no sign of miscalibration. A percentile interval would add the same bias again and never
     contain the 0 of perfect beliefs. Here the bootstrap estimates bias and error; the lower bound is reduced by the bias, and
-    is 0 for an ECE up to `expected_ece_high`.
+    is 0 for an ECE up to `expected_ece_high`, for which pairs are drawn independently, also those of one prompt.
     """
     margins = _finite(margins)
     order = np.argsort(np.abs(margins), kind="stable")
-    margins = margins[order]
+    margins, groups = margins[order], _groups(len(margins), prompts)[order]
     belief = 1 / (1 + np.exp(-np.abs(margins)))
     right = (margins > 0) + 0.5 * (margins == 0)
     starts = _starts(len(margins), bins)
     gaps = right - belief
     ece = float(_ece(gaps[None], starts)[0])
-    resampled = _bootstrap(lambda weights: _ece(weights * gaps, starts), len(margins), seed, resamples)
+    resampled = _bootstrap(lambda weights: _ece(weights * gaps, starts, weights.sum(axis=1)), groups, seed, resamples)
     bias, error = float(resampled.mean()) - ece, 1.959964 * float(resampled.std())
     perfect = _perfect_eces(belief, margins == 0, starts, seed=seed, resamples=resamples)
     unlikely = float(np.quantile(perfect, 0.95))
     return Reliability(
-        bins=[{**accuracy(margins[part]), "belief": float(belief[part].mean())} for part in _parts(len(margins), starts)],
+        bins=[
+            {**accuracy(margins[part], groups[part]), "belief": float(belief[part].mean())}
+            for part in _parts(len(margins), starts)
+        ],
         ece=ece,
         ece_interval=(max(0.0, ece - bias - error) if ece > unlikely else 0.0, min(1.0, ece + error)),
         expected_ece=float(perfect.mean()),
         expected_ece_high=unlikely,
         overconfidence=-float(gaps.mean()),
-        overconfidence_interval=overconfidence_interval(gaps, belief),
+        overconfidence_interval=overconfidence_interval(gaps, belief, groups),
     )
 
 
-def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray) -> Interval:
+def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray, groups: np.ndarray | None = None) -> Interval:
     """95 % interval of mean belief minus share right, from `gaps[P]` (right minus belief) and `belief[P]`.
 
     A normal interval, with `PRIOR` right and as many wrong pairs added at the mean belief, as in `score_interval`: a confident
-    policy without a mistake so far may still make some.
+    policy without a mistake so far may still make some. Pairs of one group, `groups[P]`, err together.
     """
     sure = float(belief.mean())
     times = np.append(np.ones(len(gaps)), [PRIOR, PRIOR])
     over = np.append(-gaps, [sure - 1, sure])
     centre = float(np.average(over, weights=times))
-    error = 1.959964 * math.sqrt(np.average((over - centre) ** 2, weights=times) / times.sum())
+    together = np.bincount(_groups(len(gaps), groups), over[:-2] - centre)  # sums of each group
+    error = 1.959964 * math.sqrt((together**2).sum() + PRIOR * ((over[-2:] - centre) ** 2).sum()) / times.sum()
     return centre - error, centre + error
 
 
@@ -178,9 +190,9 @@ def _parts(count: int, starts: np.ndarray) -> list[np.ndarray]:
     return np.split(np.arange(count), starts[1:])
 
 
-def _ece(gaps: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """ECE of each row of `gaps` [R, P], sorted by belief."""
-    return np.abs(np.add.reduceat(gaps, starts, axis=1)).sum(axis=1) / gaps.shape[1]
+def _ece(gaps: np.ndarray, starts: np.ndarray, pairs: Any = None) -> np.ndarray:
+    """ECE of each row of `gaps` [R, P], sorted by belief. `pairs` [R] are their numbers, if not P."""
+    return np.abs(np.add.reduceat(gaps, starts, axis=1)).sum(axis=1) / (gaps.shape[1] if pairs is None else pairs)
 
 
 def _perfect_eces(belief: np.ndarray, tied: np.ndarray, starts: np.ndarray, *, seed: int, resamples: int) -> np.ndarray:
@@ -192,7 +204,14 @@ def _perfect_eces(belief: np.ndarray, tied: np.ndarray, starts: np.ndarray, *, s
     return np.concatenate(found)
 
 
-def correlations(margins: Array, differences: Array, *, seed: int, resamples: int = RESAMPLES) -> dict[str, float | None]:
+def correlations(
+    margins: Array,
+    differences: Array,
+    prompts: Sequence[Hashable] | None = None,
+    *,
+    seed: int,
+    resamples: int = RESAMPLES,
+) -> dict[str, float | None]:
     """Pearson and Spearman correlation of two values per pair, with intervals: pearson, pearson_low, ...
 
     None if one of the two is constant. Ranks are recomputed in each resample.
@@ -200,6 +219,7 @@ def correlations(margins: Array, differences: Array, *, seed: int, resamples: in
     x, y = _finite(margins), _finite(differences)
     if len(x) != len(y):
         raise ValueError(f"{len(x)} margins and {len(y)} differences")
+    groups = _groups(len(x), prompts)
     ranks_of = [_ranking(values) for values in (x, y)]
     measures: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "pearson": lambda weights: _pearson(weights, x, y),
@@ -208,7 +228,7 @@ def correlations(margins: Array, differences: Array, *, seed: int, resamples: in
     found: dict[str, float | None] = {}
     for name, measure in measures.items():
         value = float(measure(np.ones((1, len(x))))[0])
-        low, high = _interval(_bootstrap(measure, len(x), seed, resamples))
+        low, high = _interval(_bootstrap(measure, groups, seed, resamples))
         for suffix, number in (("", value), ("_low", low), ("_high", high)):
             found[name + suffix] = number if math.isfinite(value) else None
     return found
@@ -236,7 +256,9 @@ def _ranking(values: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     return ranks
 
 
-def length_bias(margins: Array, tokens: Array, *, seed: int, resamples: int = RESAMPLES) -> dict[str, Any]:
+def length_bias(
+    margins: Array, tokens: Array, prompts: Sequence[Hashable] | None = None, *, seed: int, resamples: int = RESAMPLES
+) -> dict[str, Any]:
     """Length bias of the reward: correlation of margin and length difference, and accuracy by the longer side.
 
     `tokens` are lengths [P, 2], chosen first. A reward that only measures length is right exactly if the chosen one is longer.
@@ -247,22 +269,32 @@ def length_bias(margins: Array, tokens: Array, *, seed: int, resamples: int = RE
     return {
         "mean_tokens": lengths.mean(axis=0).tolist(),
         "chosen_longer": float((differences > 0).mean() + 0.5 * (differences == 0).mean()),
-        **correlations(margins, differences, seed=seed, resamples=resamples),
-        "accuracy": accuracy_by(margins, names.tolist()),
+        **correlations(margins, differences, prompts, seed=seed, resamples=resamples),
+        "accuracy": accuracy_by(margins, names.tolist(), prompts),
     }
 
 
-def _bootstrap(measure: Callable[[np.ndarray], np.ndarray], count: int, seed: int, resamples: int) -> np.ndarray:
-    """Values of `measure` (weights [R, P] -> [R]) over resampled pairs."""
-    return np.concatenate([measure(weights) for weights in _weights(count, seed, resamples)])
+def _groups(count: int, prompts: Sequence[Hashable] | np.ndarray | None) -> np.ndarray:
+    """The number of each pair's prompt, int[P]; without prompts each pair has its own."""
+    if prompts is None:
+        return np.arange(count)
+    if len(prompts) != count:
+        raise ValueError(f"{count} pairs and {len(prompts)} prompts")
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    return np.array([numbers[prompt] for prompt in prompts], np.int64)
 
 
-def _weights(count: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
-    """Number of draws of each of `count` pairs in each resample: float64[R, P], in chunks that fit in memory."""
-    rng = np.random.default_rng(seed)
-    for rows in _chunks(count, resamples):
+def _bootstrap(measure: Callable[[np.ndarray], np.ndarray], groups: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+    """Values of `measure` (weights [R, P] -> [R]) over resamples of the `groups[P]` of pairs."""
+    return np.concatenate([measure(weights) for weights in _weights(groups, seed, resamples)])
+
+
+def _weights(groups: np.ndarray, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """Number of draws of each pair in each resample: float64[R, P], in chunks that fit in memory. Groups are drawn whole."""
+    rng, count = np.random.default_rng(seed), int(groups.max()) + 1
+    for rows in _chunks(len(groups), resamples):
         drawn = rng.integers(0, count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.float64)
+        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)[:, groups].astype(np.float64)
 
 
 def _chunks(count: int, resamples: int) -> Iterable[int]:

@@ -107,7 +107,7 @@ def preference_summary(
     }
 
 
-def by_prompt(scores: Array, prompts: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray | None]:
+def by_prompt(scores: Array, prompts: Sequence[Hashable] | np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
     """(mean score of each prompt, its number of scores), as `score_interval` takes them; without `prompts` each score alone.
 
     >>> means, sizes = by_prompt([1, 0, 1], ["a", "a", "b"])
@@ -148,17 +148,23 @@ def score_interval(scores: Array, sizes: Array | None = None) -> Interval:
     [0.298, 0.822]
     """
     scores = np.asarray(scores, np.float64)
+    mean = float(np.average(scores, weights=sizes)) if len(scores) else 0.0
+    effective = effective_number(scores, sizes)
+    return wilson_interval(mean * effective, effective)
+
+
+def effective_number(scores: Array, sizes: Array | None = None) -> float:
+    """The effective sample size of `score_interval`: how many independent wins and losses have the variance of these scores."""
+    scores = np.asarray(scores, np.float64)
     sizes = np.ones(len(scores)) if sizes is None else np.asarray(sizes, np.float64)
     if not len(scores) or scores.min() < 0 or scores.max() > 1:
         raise ValueError(f"an interval needs scores in [0, 1], and at least one, got {scores[:5].tolist()}")
-    mean = float((sizes * scores).sum() / sizes.sum())
     scores, sizes = np.append(scores, [1.0, 0.0]), np.append(sizes, [sizes.mean()] * 2)
     times = np.append(np.ones(len(scores) - 2), [PRIOR, PRIOR])
     weights = sizes / (times @ sizes)
     centre = (times * weights) @ scores
     variance = times @ (weights * (scores - centre)) ** 2
-    effective = float(centre * (1 - centre) / variance * (len(scores) - 2) / times.sum())
-    return wilson_interval(mean * effective, effective)
+    return float(centre * (1 - centre) / variance * (len(scores) - 2) / times.sum())
 
 
 def mean_with_error(values: Array) -> tuple[float, float]:

@@ -31,12 +31,16 @@ class Rate:
     pairs: int
 
 
-def rate(values: Sequence[float] | np.ndarray) -> Rate:
-    """The mean of values in [0, 1] (1 for a pair won, 0.5 for one that flipped, 0 for one lost), with `score_interval`."""
+def rate(values: Sequence[float] | np.ndarray, sizes: Sequence[int] | None = None) -> Rate:
+    """The mean of values in [0, 1] (1 for a pair won, 0.5 for one that flipped, 0 for one lost), with `score_interval`.
+
+    `sizes` weight values that are themselves means of several answers.
+    """
     values = np.asarray(values, np.float64)
     if not len(values):
         return Rate(math.nan, math.nan, math.nan, 0)
-    return Rate(float(values.mean()), *score_interval(values), len(values))
+    weights = None if sizes is None else np.asarray(sizes)
+    return Rate(float(np.average(values, weights=weights)), *score_interval(values, weights), len(values))
 
 
 def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -44,7 +44,7 @@ def _rows(config: Config, report: Mapping[str, Any], split: str) -> Iterator[Not
 def _overlap(report: Mapping[str, Any], train: str, test: str) -> Iterator[Note]:
     found = report["overlap"]
     if prompts := found["prompts"]["pairs"]:
-        words = f"{prompts:,} of {report['kept']:,} {test} pairs have a prompt that is also in {train}"
+        words = f"{prompts:,} of {found['prompts']['of']:,} {test} pairs have a prompt that is also in {train}"
         same, swapped = found["pairs"]["pairs"], found["swapped"]["pairs"]
         words += f", {same:,} with the same answers" if same else ""
         words += f", {swapped:,} with the answers swapped" if swapped else ""
@@ -56,13 +56,13 @@ def _repeats(report: Mapping[str, Any], split: str) -> Iterator[Note]:
     if count := contradictions["pairs"]:
         yield _note(
             "contradictions",
-            f"{count:,} of {report['kept']:,} {split} pairs repeat an earlier one with chosen and rejected swapped",
+            f"{count:,} of {contradictions['of']:,} {split} pairs repeat an earlier one with chosen and rejected swapped",
             "keep the right pair of the two, or allow for noise with --dpo.label-smoothing (limit: --data.max-contradictions)",
         )
     if duplicates["share"] >= MANY_DUPLICATES:
         yield _note(
             "duplicates",
-            f"{duplicates['pairs']:,} of {report['kept']:,} {split} pairs repeat an earlier one and count more than once",
+            f"{duplicates['pairs']:,} of {duplicates['of']:,} {split} pairs repeat an earlier one and count more than once",
             "keep each pair once (limit: --data.max-duplicates)",
         )
 

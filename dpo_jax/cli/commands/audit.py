@@ -16,7 +16,7 @@ from dpo_jax.cli.config import Config
 from dpo_jax.cli.fixed import pin_revisions
 from dpo_jax.cli.images import encoder_for
 from dpo_jax.cli.repeats import look_for_repeats, refuse_repeats
-from dpo_jax.data.encode import Encoded, adds_bos
+from dpo_jax.data.encode import Encoded, adds_bos, prompt_key
 from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.layout import Text
 from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of, source_table
@@ -26,7 +26,7 @@ from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import Overlap, Repeats
 from dpo_jax.data.template import template_parts
 from dpo_jax.data.token_text import token_strings
-from dpo_jax.evals.preference import score_interval
+from dpo_jax.evals.preference import by_prompt, score_interval
 from dpo_jax.runtime.rundir import write_json
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -95,7 +95,9 @@ def split_report(
         "repeats": plain(repeats),
         "lengths": length_table(encoded),
         "cut": cut_table(encoded),
-        "longer_wins": None if labels or texts else longer_wins(length_differences(encoded)),
+        "longer_wins": None
+        if labels or texts
+        else longer_wins(length_differences(encoded), [prompt_key(pair) for pair in encoded]),
         **({"demonstrations": len(encoded)} if texts else {"labels": labels} if labels else {}),
         "packing": row_statistics(config, [(pair.prompt, pair.chosen) for pair in encoded] if texts else encoded),
         "bos": {
@@ -112,11 +114,14 @@ def plain(found: Repeats | Overlap) -> dict[str, Any]:
     return {name: finding._asdict() for name, finding in found._asdict().items()}
 
 
-def longer_wins(differences: np.ndarray) -> dict[str, float]:
-    """How often chosen has more tokens, and the accuracy of "the longer one wins" (ties count half; 95 % interval)."""
+def longer_wins(differences: np.ndarray, prompts: Sequence[bytes] | None = None) -> dict[str, float]:
+    """How often chosen has more tokens, and the accuracy of "the longer one wins" (ties count half; 95 % interval).
+
+    `prompts` identify the prompts, as in `evals.preference.by_prompt`: the interval counts a prompt once.
+    """
     longer, equal = int((differences > 0).sum()), int((differences == 0).sum())
     scores, pairs = (1 + np.sign(differences)) / 2, len(differences)
-    low, high = score_interval(scores)
+    low, high = score_interval(*by_prompt(scores, prompts))
     accuracy = float(scores.mean())
     return {"chosen_longer": longer / pairs, "equal": equal / pairs, "accuracy": accuracy, "low": low, "high": high}
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpo_jax import loss_table
 from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.data.encode import prompt_key
 from dpo_jax.data.pairs import Preference, folder_of
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.terminal import json_text, one_line
@@ -54,7 +55,8 @@ def write_rewards(
     rewards = reward_variants(logps, ref_logps, tokens, beta=beta)
     subsets = subset_names(preferences)
     margins = margins_of(rewards, logps, ref_logps)
-    found = reliability(margins["implicit"], seed=config.run.seed)
+    prompts = [prompt_key(pair) for pair in held_out]
+    found = reliability(margins["implicit"], prompts, seed=config.run.seed)
     report: dict[str, Any] = {
         "pairs": len(held_out),
         "settings": {
@@ -67,10 +69,11 @@ def write_rewards(
         },
         "weights": dict(weights),
         "rewards": {
-            name: _judged(margins[name], tokens, subsets, by_subset=name == "implicit", seed=config.run.seed) for name in NAMES
+            name: _judged(margins[name], tokens, subsets, prompts, by_subset=name == "implicit", seed=config.run.seed)
+            for name in NAMES
         },
         "calibration": found._asdict(),
-        "length": length_bias(margins["implicit"], tokens, seed=config.run.seed),
+        "length": length_bias(margins["implicit"], tokens, prompts, seed=config.run.seed),
     }
     with writing(run_dir.path / "rewards.jsonl") as file:
         for number, preference in enumerate(preferences):
@@ -104,12 +107,14 @@ def subset_names(preferences: Sequence[Preference]) -> list[str]:
     return names if len(set(names)) > 1 else []
 
 
-def _judged(margins: np.ndarray, tokens: np.ndarray, subsets: list[str], *, by_subset: bool, seed: int) -> dict[str, Any]:
+def _judged(
+    margins: np.ndarray, tokens: np.ndarray, subsets: list[str], prompts: Sequence[bytes], *, by_subset: bool, seed: int
+) -> dict[str, Any]:
     """Metrics of one reward: overall, as a mean over subsets, and its dependence on length."""
     differences = tokens[:, 0] - tokens[:, 1]
-    found: dict[str, Any] = {**accuracy(margins), "length": correlations(margins, differences, seed=seed)}
+    found: dict[str, Any] = {**accuracy(margins, prompts), "length": correlations(margins, differences, prompts, seed=seed)}
     if subsets:
-        rows = accuracy_by(margins, subsets)
+        rows = accuracy_by(margins, subsets, prompts)
         found["macro"] = mean_share(rows)
         if is_rewardbench(set(subsets)):
             found["rewardbench"] = section_scores(rows)

@@ -14,6 +14,8 @@ import importlib.util
 import math
 import os
 import re
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def run(config: Config) -> int:
             build.describe(run_dir, config)
             _announce(paired, questions, log)
             outcomes, injected, unfinished = asyncio.run(_judge(config, paired.pairs, asked, log, key))
-            _write(run_dir.path, config, paired, outcomes, questions, injected, log)
+            _write(run_dir.path, config, paired, outcomes, asked, injected, log)
         if unfinished is not None:
             raise unfinished
     return 0
@@ -223,7 +225,7 @@ def _write(
     config: Config,
     paired: Paired,
     outcomes: list[Outcome],
-    questions: list[Question],
+    asked: list[list[Question]],
     injected: list[dict[str, str | int]],
     log: VerdictLog,
 ) -> None:
@@ -237,9 +239,8 @@ def _write(
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
-    keys = {question.key for question in questions}
+    keys = {question.key for both in asked for question in both}
     verdicts = [verdict for key, verdict in log.verdicts.items() if key in keys]  # without verdicts on injections
-    letters = [verdict["choice"] for verdict in verdicts if verdict["choice"]]
     files = [file for _, file in section.series()] + ([section.b] if section.baseline_file() else [])
     report = {
         "settings": {name: getattr(section, name) for name in (*SETTINGS, "base_url")},
@@ -251,7 +252,7 @@ def _write(
         "answers": len(verdicts),
         "failures": collections.Counter(verdict["failure"] for verdict in verdicts if verdict["failure"]),
         "models": collections.Counter(verdict["model"] for verdict in verdicts),
-        "first_preferred": dataclasses.asdict(rate([float(letter == "A") for letter in letters])) if letters else None,
+        "first_preferred": _first_preferred(asked, log),
         "requests": log.requests,
         "lost_lines": log.lost,
         "faults": log.faults,
@@ -265,6 +266,20 @@ def _write(
     if any(point.win_rate.pairs for point in points):
         plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=BASELINES.get(section.b, Path(section.b).name))
     _tell(points, report, _spent(budget, log), folder)
+
+
+def _first_preferred(asked: Sequence[Sequence[Question]], log: VerdictLog) -> dict[str, float] | None:
+    """How often the text shown first was preferred. Both orders of a pair are one sample: a consistent judge says A in one."""
+    found = {
+        tuple(sorted(question.key for question in both)): [
+            float(verdict["choice"] == "A")
+            for question in both
+            if (verdict := log.verdicts.get(question.key)) and verdict["choice"]
+        ]
+        for both in asked
+    }
+    answered = [letters for letters in found.values() if letters]
+    return dataclasses.asdict(rate(list(map(statistics.fmean, answered)), list(map(len, answered)))) if answered else None
 
 
 def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Path) -> None:

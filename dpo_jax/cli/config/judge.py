@@ -93,6 +93,8 @@ class JudgeConfig:
         names = [name for name, _ in self.series()]
         if len(set(names)) < len(names):
             yield "a", f"two files are named {next(n for n in names if names.count(n) > 1)!r}: name them, NAME=FILE"
+        if self.b in names:
+            yield "a", f"a file has the name of the baseline, {self.b!r}: give it another, NAME=FILE"
 
     def missing(self) -> Iterator[tuple[str, str]]:
         for field, remedy in (
