@@ -42,6 +42,7 @@ REWARDS = {
 }
 FINDING = {"pairs": 2, "share": 0.1, "examples": ["a:1 with a:2"]}
 PART = {"ids": [1, 2], "tokens": ["a", "b"], "scored": True}
+SEVERAL_TURNS = PART | {"scored": [True, False]}
 AUDITED = {
     **{"source": "x.jsonl", "format": "trl", "rows": 12, "read": 12, "kept": 10, "dropped": {"empty": 1, "tie": 1}},
     **{"truncated": {"prompt": 3}, "notes": ["a note"], "files": [{"path": "x", "bytes": 3, "sha256": "c" * 64}]},
@@ -51,7 +52,7 @@ AUDITED = {
     "longer_wins": {"chosen_longer": 0.6, "equal": 0.1, "accuracy": 0.6, "low": 0.5, "high": 0.7},
     "lengths": {name: {"mean": 3.0, "p50": 3.0, "max": 9.0} for name in ("prompt", "chosen", "rejected")},
     "cut": {name: {"pairs": 1, "tokens": 2, "share": 0.1} for name in ("prompt", "chosen", "rejected", "completions")},
-    "example": {"uid": "x:1", "prompt": PART, "chosen": PART, "rejected": PART},
+    "example": {"uid": "x:1", "prompt": PART, "chosen": PART, "rejected": SEVERAL_TURNS},
 }
 AT_KL = [{"method": "dpo", "kl": kl, "reward": 0.5, "share_of_gain": 0.9} for kl in (1.0, 4.0)]
 GAIN = {f"{name}{end}": 0.5 for name in ("gain", "second_gain") for end in ("", "_low", "_high")}

@@ -497,3 +497,31 @@ def test_the_report_shows_sft_per_token_and_the_commit(copy, tmp_path):
     shown = markdown.replace("\\", "")
     assert "| sft | 34.90 | 1.2500 | 3.49 | 6 |" in shown
     assert "commit c0ffeec0ffee (changed)" in shown
+
+
+def test_samples_of_other_images_are_kept_apart(copy, tmp_path):
+    lines = [{"prompt": "Describe it.", "images": [f"{i}" * 64], "reference": "a dot", "policy": f"dot {i}"} for i in range(3)]
+    (copy / "eval" / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, _, markdown = report(copy, "--report.samples", 2, out=tmp_path / "out")
+    assert "2 of 3 prompts" in markdown
+    assert "dot 1" in markdown
+    assert "dot 2" not in markdown
+
+
+def test_all_rows_that_stages_read_are_shown_once(copy, tmp_path):
+    account = json.loads((copy / "dpo" / "data_report.json").read_text())["train"]
+    json_to(copy / "sft" / "data_report.json", {"train": account | {"source": "demonstrations.jsonl", "read": 7, "kept": 5}})
+    json_to(copy / "eval" / "data_report.json", {"train": account})
+    _, _, markdown = report(copy, out=tmp_path / "out")
+    rows = [
+        line
+        for line in markdown.replace("\\", "").splitlines()
+        if "jsonl" in line and "| 10" in line or "demonstrations" in line
+    ]
+    assert len(rows) == 2, rows
+    assert any("sft, train" in row or "dpo, train" in row for row in rows)
+
+
+def test_what_was_evaluated_is_named(copy, tmp_path):
+    change(copy / "eval" / "report.json", examples="completions")
+    assert "40 held-out completions" in report(copy, out=tmp_path / "out")[2]

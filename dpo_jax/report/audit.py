@@ -70,14 +70,15 @@ def audited(runs: Sequence[RunRecord]) -> Section | None:
 
 def _counts(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [[what, *(_finding(report.get(group, {}).get(name)) for report in splits.values())] for what, group, name in FOUND]
-    if any(report["longer_wins"] is None for report in splits.values()):
-        rows += [[what, *(str(report.get("labels", {}).get(what, "-")) for report in splits.values())] for what in LABELS]
-        return Table(["what", *splits], rows, caption=caption, note="Completions are compared by their token ids.")
-    rules = [report["longer_wins"] for report in splits.values()]
-    rows.append(["chosen is longer", *(f"{rule['chosen_longer']:.1%}" for rule in rules)])
-    shares = [f"{rule['accuracy']:.3f} ({rule['low']:.3f} to {rule['high']:.3f})" for rule in rules]
-    rows.append(['accuracy of "the longer one wins"', *shares])
-    return Table(["what", *splits], rows, caption=caption, note="Pairs are compared by their token ids. Intervals: 95 %.")
+    labels, rules = ([report.get(name) for report in splits.values()] for name in ("labels", "longer_wins"))
+    if any(labels):
+        rows += [[what, *(str((found or {}).get(what, "-")) for found in labels)] for what in LABELS]
+    if any(rules):
+        shares = [f"{rule['accuracy']:.3f} ({rule['low']:.3f} to {rule['high']:.3f})" if rule else "-" for rule in rules]
+        rows.append(["chosen is longer", *(f"{rule['chosen_longer']:.1%}" if rule else "-" for rule in rules)])
+        rows.append(['accuracy of "the longer one wins"', *shares])
+    note = "Completions are compared by their token ids." + (" Intervals: 95 %." if any(rules) else "")
+    return Table(["what", *splits], rows, caption=caption, note=note)
 
 
 def _sources(caption: str, splits: Mapping[str, Mapping[str, Any]]) -> list[Block]:

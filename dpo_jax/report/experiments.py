@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,10 +137,19 @@ def _lengths(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
     start = tokens.pop(("reference", ""), None)
     if start is None or not tokens:
         return []
-    cut = {(row["method"], row["label"]): row.get("cut") for row in results}
-    rows = [["reference", "0.00", _cell(start, ".1f"), "-", _percent(cut["reference", ""])]]
+    last = {(row["method"], row["label"], row["seed"]): row.get("cut") for row in results}
+    cut: dict[tuple[str, str], list[float]] = {}
+    for (method, label, _), share in last.items():
+        cut.setdefault((method, label), []).extend([float(share)] if share else [])
+    rows = [["reference", "0.00", _cell(start, ".1f"), "-", _mean_percent(cut["reference", ""])]]
     rows += [
-        [" ".join(key).strip(), f"{kl[key]['']:.2f}", _cell(value, ".1f"), f"{value[''] - start['']:+.1f}", _percent(cut[key])]
+        [
+            " ".join(key).strip(),
+            f"{kl[key]['']:.2f}",
+            _cell(value, ".1f"),
+            f"{value[''] - start['']:+.1f}",
+            _mean_percent(cut[key]),
+        ]
         for key, value in tokens.items()
         if key in kl
     ]
@@ -153,8 +163,8 @@ def _lengths(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> 
     return [*blocks, Figures([(figure, "tokens of samples against KL and beta")], size="wide")]
 
 
-def _percent(share: str | None) -> str:
-    return f"{float(share):.0%}" if share else "-"
+def _mean_percent(shares: Sequence[float]) -> str:
+    return f"{statistics.fmean(shares):.0%}" if shares else "-"
 
 
 def _learned(caption: str, results: Sequence[Mapping[str, str]], path: Path) -> list[Block]:

@@ -32,7 +32,7 @@ SPLIT: dict[Any, Any] = {
 DATA = {str: SPLIT}
 _FINDING = {"pairs": int, "share": float, "examples?": [str]}
 _FINDINGS = {str: (_FINDING, None)}
-_PART = {"scored": bool, "tokens": [str]}
+_PART = {"scored": (bool, [bool]), "tokens": [str]}
 AUDITED: dict[Any, Any] = SPLIT | {
     "verdict": [{"about": str, "found": str, "remedy": str}],
     "repeats?": _FINDINGS,
@@ -48,7 +48,7 @@ AUDITED: dict[Any, Any] = SPLIT | {
 _MEASURES = {str: NUMBER}
 EVALUATION = {
     "pairs": int,
-    "examples?": str,
+    "examples?": str,  # what "pairs" counts: pairs, completions, rankings
     "policy?": _MEASURES,
     "reference?": _MEASURES,
     "weights?": {str: str},
@@ -106,9 +106,9 @@ REPORTS: dict[str, Any] = {"eval": EVALUATION, "rewards": REWARDS, "judge": JUDG
 """Schema of `report.json`, by kind of stage."""
 
 _TURN = {"role": str, "content": str}
-SAMPLE = {"prompt": str, "turns?": [_TURN], **{f"{who}?": str for who in ("reference", "policy")}}
+SAMPLE = {"prompt": str, "turns?": [_TURN], "images?": [str], **{f"{who}?": str for who in ("reference", "policy")}}
 SAMPLE |= {f"{who}_finished?": bool for who in ("reference", "policy")}
-SAMPLE_OF_TRAINING = {"prompt": str, "turns?": [_TURN], "completion": str, "finished": bool}
+SAMPLE_OF_TRAINING = {"prompt": str, "turns?": [_TURN], "images?": [str], "completion": str, "finished": bool}
 BAD_BATCH = {"step": int, "uids": [str], "metrics": {str: (float, str, None)}}
 RESUMED = {"step": int, "time": str}
 _GAIN = {name: float for gain in ("gain", "second_gain") for name in (gain, f"{gain}_low", f"{gain}_high")}

@@ -16,8 +16,9 @@ from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
 from dpo_jax.report.record_shapes import SAMPLE, SAMPLE_OF_TRAINING
 from dpo_jax.report.result_table import MEASURES, with_interval
-from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, of, one_or_more
+from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, kind_of, of, one_or_more
 
+_Shown = tuple[str, tuple[str, ...]]
 _OF_STEP = re.compile(r"step-(\d{8,})\.jsonl")
 REWARDS = {
     "implicit": "implicit reward",
@@ -39,7 +40,9 @@ def evaluation(runs: Sequence[RunRecord]) -> Section | None:
                 for label, name, form in MEASURES:
                     if label in cells:
                         cells[label].append(with_interval(report[who], name, form))
-        pairs = ", ".join(of(run, runs, f"{report['pairs']:,} held-out pairs") for run, report in found)
+        pairs = ", ".join(
+            of(run, runs, f"{report['pairs']:,} held-out {report.get('examples', 'pairs')}") for run, report in found
+        )
         note = (
             f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy equal to its reference has accuracy "
             f"0.5. {KL_OF_SAMPLES} is per completion, from samples of the policy."
@@ -148,14 +151,14 @@ def training(
 
 def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     """Samples of reference and policy for the same prompts; prompts shared by several runs are shown together."""
-    by_prompt: dict[str, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
+    by_prompt: dict[_Shown, dict[tuple[str, str, str], list[str]]] = {}  # the runs that gave each text
     for run, stage in one_or_more(runs, "eval"):
         if stage.report and "sampling" not in stage.report:
             continue  # the samples are those of an earlier evaluation
         limit = stage.report.get("sampling", {}).get("max_new_tokens")
         mark = f"cut by the limit of {limit} tokens" if limit else "cut by the token limit"
         for line in stage.read_lines("samples.jsonl", SAMPLE):
-            sides = by_prompt.setdefault(shown_prompt(line), {})
+            sides = by_prompt.setdefault(_shown(line), {})
             for who in ("reference", "policy"):
                 if who in line:
                     cut = "" if line.get(f"{who}_finished", True) else mark
@@ -165,7 +168,7 @@ def samples(runs: Sequence[RunRecord], count: int) -> Section | None:
     if not chosen:
         return None
     note = f"{len(chosen)} of {len(by_prompt):,} prompts, drawn at temperature 1; eval/samples.jsonl holds all."
-    return Section("Samples", [Text(note), *(Sample(prompt, _sides(sides, runs)) for prompt, sides in chosen)])
+    return Section("Samples", [Text(note), *(Sample(prompt, _sides(sides, runs)) for (prompt, _), sides in chosen)])
 
 
 def samples_of_training(runs: Sequence[RunRecord], count: int) -> Section | None:
@@ -174,18 +177,23 @@ def samples_of_training(runs: Sequence[RunRecord], count: int) -> Section | None
     for run, stage in one_or_more(runs, "dpo"):
         steps = sorted(int(name[1]) for file in stage.path.glob("samples/step-*.jsonl") if (name := _OF_STEP.match(file.name)))
         chosen = [steps[i] for i in sorted({round(i) for i in np.linspace(0, len(steps) - 1, 4)})] if steps else []
-        by_prompt: dict[str, list[Side]] = {}
+        by_prompt: dict[_Shown, list[Side]] = {}
         for step in chosen:
             for line in stage.read_lines(f"samples/step-{step:08}.jsonl", SAMPLE_OF_TRAINING):
                 mark = "" if line["finished"] else "cut by the token limit"
-                by_prompt.setdefault(shown_prompt(line), []).append(Side(f"step {step:,}", line["completion"], mark))
+                by_prompt.setdefault(_shown(line), []).append(Side(f"step {step:,}", line["completion"], mark))
         shown = list(by_prompt.items())[:count]
         if shown:
             blocks.append(
                 Text(of(run, runs, f"{len(shown)} of {len(by_prompt):,} prompts, at {len(chosen)} of {len(steps):,} steps."))
             )
-            blocks += [Sample(prompt, sides) for prompt, sides in shown]
+            blocks += [Sample(prompt, sides) for (prompt, _), sides in shown]
     return Section("Samples during training", blocks) if blocks else None
+
+
+def _shown(line: Mapping[str, Any]) -> _Shown:
+    """The prompt of a line, and the images in it, which tell apart prompts of the same words."""
+    return shown_prompt(line), tuple(line.get("images", ()))
 
 
 def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[RunRecord]) -> list[Side]:
@@ -195,13 +203,10 @@ def _sides(sides: Mapping[tuple[str, str, str], Sequence[str]], runs: Sequence[R
 
 
 def data(runs: Sequence[RunRecord]) -> Section | None:
-    """Account of all rows that were read: kept, and dropped by cause."""
+    """Account of all rows that were read: kept, and dropped by cause. Stages that read the same are listed once."""
     rows, notes = [], []
     for run in runs:
-        reports = next(
-            (run.stages[name].data for name in ("dpo", "sft", "ppo", "eval", "audit") if run.stages.get(name, None)), {}
-        )
-        for split, report in reports.items():
+        for split, report in _accounts(run):
             dropped = report.get("dropped", {})
             bad = sum(count for cause, count in dropped.items() if cause not in FILTERED)
             causes = ", ".join(f"{count:,} {cause}" for cause, count in sorted(dropped.items())) or "none"
@@ -213,3 +218,17 @@ def data(runs: Sequence[RunRecord]) -> Section | None:
         return None
     columns = ["split", "source", "format", "read", "kept", "bad", "left out, by cause", "cut to length"]
     return Section("Data", [Table(columns, rows, note="Read = kept + left out."), *map(Text, notes)])
+
+
+def _accounts(run: RunRecord) -> list[tuple[str, Mapping[str, Any]]]:
+    """(split, account) of all stages, each once; those of stages after the first that has any are named after their stage."""
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    known: list[tuple[Any, ...]] = []
+    for stage in sorted(run.stages.values(), key=lambda stage: kind_of(stage.name) not in TRAINING):
+        first = not known
+        for split, account in stage.data.items():
+            read = (split, *(account.get(part) for part in ("source", "format", "read", "kept", "dropped", "truncated")))
+            if read not in known:
+                known.append(read)
+                found.append((split if first else f"{stage.name}, {split}", account))
+    return found

@@ -71,6 +71,9 @@ def run(config: Config) -> int:
         )
         policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
         build.describe(run_dir, given, held_out.report)
+        if is_first():  # results of an earlier evaluation must not stand beside the configuration of this one
+            for old in ("report.json", "rewards.jsonl" if config.eval.rewards else "samples.jsonl"):
+                (run_dir.path / old).unlink(missing_ok=True)
         if of_run and is_first():
             _note_other_reference(given, weights["reference"])
         loss = build.make_loss(config.dpo)
@@ -117,8 +120,6 @@ def run(config: Config) -> int:
         if config.eval.samples:
             with writing(run_dir.path / "samples.jsonl") as file:
                 file.writelines(json_text(line) + "\n" for line in samples["texts"])
-        else:
-            (run_dir.path / "samples.jsonl").unlink(missing_ok=True)  # of an earlier evaluation
         metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
         health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
         report["notes"] = [note._asdict() for note in health.notes]
