@@ -71,6 +71,8 @@ def completion_rewards(model: Model, variables: Variables, rows: Rows) -> jax.Ar
     last = jnp.where(in_slot, rows.source[:, :, None] + 1, 0).max(axis=1)  # [R, slots]
     rewards = scalar(variables, jnp.take_along_axis(hidden, last[:, :, None], axis=1))
     backwards = rows.k_end > jnp.arange(1, rows.tokens.shape[1] + 1, dtype=jnp.int32)[None, :]
+    if rows.images is not None:  # tokens of an image see each other both ways
+        backwards &= rows.images.index < 0
     return jnp.where(backwards.any(), jnp.nan, rewards).reshape(-1)
 
 

@@ -214,3 +214,13 @@ def test_an_impossible_bos_is_refused(tokenizer, with_post_processor):
     assert encode(TEXTS, without, **LIMITS).prompt.tolist() == token_ids(TEXTS["prompt"], without).tolist()
     with pytest.raises(ValueError, match="has no beginning-of-text token"):
         encode(TEXTS, without, **LIMITS, bos="always")
+
+
+def test_a_sample_that_was_cut_has_no_end(tokenizer):
+    pair = {"prompt": "The film was", "chosen": " a delight", "rejected": " a bore", "unended": ["rejected"]}
+    found = encode(pair, tokenizer, max_length=64, max_prompt_length=32)
+    whole = encode(pair | {"unended": []}, tokenizer, max_length=64, max_prompt_length=32)
+    assert found.chosen.tolist() == whole.chosen.tolist()
+    assert [*found.rejected, tokenizer.eos_token_id] == whole.rejected.tolist()
+    with pytest.raises(ValueError, match="rejected contains the end-of-sequence token"):
+        encode(pair | {"rejected": f" a{tokenizer.eos_token}"}, tokenizer, max_length=64, max_prompt_length=32)

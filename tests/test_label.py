@@ -85,3 +85,24 @@ def test_what_does_not_agree_is_refused():
     with pytest.raises(ValueError, match="how='best'"):
         label(["p"], [[" a", " b"]], np.zeros((1, 2)), how="best", seed=0)  # pyright: ignore[reportArgumentType]
     assert label([], [], np.zeros((0, 0)), how="argmax", seed=0) == ([], (0, 0, 0, 0, 0, 0, 0))
+
+
+def test_ties_are_labelled_at_random_on_request():
+    """Where the reward of a text depends on chance, leaving out ties would keep the pairs that chance made unequal."""
+    texts = [[" a", " b"]] * 2000
+    rewards = np.array([[0.0, 0.0]] * 1000 + [[8.0, 0.0]] * 1000)
+    kept, counts = label([""] * 2000, texts, rewards, how="bradley_terry", seed=0, keep_ties=True)
+    assert (counts.labelled, counts.ties) == (2000, 0)
+    assert sum(one.chosen == " a" for one in kept[:1000]) == pytest.approx(500, abs=65)
+    assert counts.against < 10
+    without, counts = label([""] * 2000, texts, rewards, how="bradley_terry", seed=0)
+    assert (without, counts.ties) == (kept[1000:], 1000)
+    assert label([""] * 2000, texts, rewards, how="argmax", seed=0, keep_ties=True)[1].ties == 1000
+
+
+def test_samples_that_were_cut_are_marked():
+    finished = [[True, False], [False, False], [True, True]]
+    kept, _ = label(
+        ["p"] * 3, [[" a", " b"]] * 3, np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), how="argmax", seed=0, finished=finished
+    )
+    assert [one.unended for one in kept] == [("rejected",), ("chosen", "rejected"), ()]

@@ -20,7 +20,7 @@ from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.step import init_state
 from dpo_jax.training.fingerprint import RunMismatch
-from dpo_jax.types import Model
+from dpo_jax.types import Model, RowImages
 
 SIZES = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
 BASE = make_model(decoder_config(hf_config("llama", **SIZES)))
@@ -166,6 +166,21 @@ def test_however_it_is_run_it_is_one_step(way, variables):
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
     params = jax.device_get(partitioner.get_state(state)).params
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), params, expected_state.params)
+
+
+def test_images_are_not_taken_for_completions_stored_backwards(variables):
+    """Tokens of an image see each other both ways."""
+    rows = plain_rows(random_pairs(2, 0), length=32)
+    index = np.full(rows.tokens.shape, -1, np.int32)
+    index[0, :2] = range(2)
+    shown = rows.replace(
+        images=RowImages(np.zeros((len(index), 2, 4), np.float32), index), k_end=np.where(index >= 0, 2, rows.k_end)
+    )
+    blind = MODEL._replace(forward=lambda v, rows: MODEL.forward(v, rows.replace(images=None)))
+    rewards = completion_rewards(blind, variables, shown)
+    np.testing.assert_allclose(rewards[1:], completion_rewards(MODEL, variables, rows)[1:], rtol=1e-6)
+    assert np.isfinite(rewards).all()
+    assert np.isnan(completion_rewards(MODEL, variables, shown.replace(images=None))).all()
 
 
 def test_rows_from_which_no_reward_can_be_read_are_refused(variables):

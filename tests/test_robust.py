@@ -21,7 +21,7 @@ from dpo_jax.evals.overoptimisation import best_by, fit_gains, gain_at
 from dpo_jax.lab import noise, seeds
 from dpo_jax.lab.methods import PairData
 from dpo_jax.lab.noise import METHODS, flipped, flips, implied_margin, implied_scores, predicted_curve
-from dpo_jax.lab.robust import gain_at_kl
+from dpo_jax.lab.robust import cell, gain_at_kl
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
 from dpo_jax.report.experiments import UNKNOWN, robustness
 from dpo_jax.report.page import Table
@@ -182,8 +182,10 @@ def test_gain_at_equal_kl_over_seeds():
 
     far, near = [point(1.0, 3.0), point(4.0, 5.0)], [point(0.5, 2.0)]
     one = gain_at_kl([far], 2.5, reference=1.0)
-    assert one == pytest.approx({"": 3.0, "_low": 2.9, "_high": 3.1})  # half way between gains of 2 and 4
-    assert gain_at_kl([far, near], 2.5, reference=1.0) == one  # the second went nowhere near
+    assert one == pytest.approx({"": 3.0, "_low": 2.9, "_high": 3.1, "seeds": 1, "of": 1})  # half way between gains of 2 and 4
+    some = gain_at_kl([far, near], 2.5, reference=1.0)  # the second went nowhere near
+    assert (some, cell(some)) == (one | {"of": 2}, "3.00 (2.90 to 3.10), 1 of 2 seeds")
+    assert cell(one) == "3.00 (2.90 to 3.10)"
     assert gain_at_kl([near], 2.5, reference=1.0) is None
 
 

@@ -186,7 +186,8 @@ def labelled_samples(
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
     rewards = drawn.rewards.reshape(-1, k)
     how, eos = config.frontier.labels, world.tokenizer.eos_token
-    labelled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos)
+    finished = drawn.completions.finished.reshape(-1, k).tolist()
+    labelled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos, finished=finished)
     preferences = _with_turn_ends(labelled, world.tokenizer)
     if is_first():
         _write(preferences, file)
@@ -202,10 +203,12 @@ def labelled_samples(
 def _with_turn_ends(preferences: Sequence[Preference], tokenizer: Any) -> list[Preference]:
     """Completions of conversations with the end of a turn, as the chat template writes it and as the policy stops there."""
     after = turn_end(tokenizer)
-    return [
-        dataclasses.replace(p, chosen=p.chosen + after, rejected=p.rejected + after) if is_rendered(p.prompt, tokenizer) else p
-        for p in preferences
-    ]
+
+    def whole(p: Preference) -> Preference:
+        sides = {side: getattr(p, side) + ("" if side in p.unended else after) for side in ("chosen", "rejected")}
+        return dataclasses.replace(p, **sides)
+
+    return [whole(p) if is_rendered(p.prompt, tokenizer) else p for p in preferences]
 
 
 MADE = {"shared": {str: object}, "sha256": str, "uids": [str]}
@@ -230,7 +233,10 @@ def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Pref
     if found.get("shared") != known or found.get("sha256") != hashlib.sha256(content).hexdigest():
         return None
     rows = [json.loads(line) for line in content.decode().split("\n") if line]
-    return [Preference(**row, uid=uid) for row, uid in zip(rows, found["uids"], strict=True)]
+    return [
+        Preference(**(row | {"unended": tuple(row.get("unended", ()))}), uid=uid)
+        for row, uid in zip(rows, found["uids"], strict=True)
+    ]
 
 
 def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer: Any) -> EncodedSet:
@@ -249,5 +255,5 @@ def of_training(config: Config) -> jax.Array:
 def _write(preferences: Sequence[Preference], file: Path) -> None:
     with writing(file) as out:
         for p in preferences:
-            record = {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
-            out.write(json_text(record) + "\n")
+            cut = {"unended": list(p.unended)} if p.unended else {}
+            out.write(json_text({"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} | cut) + "\n")

@@ -68,6 +68,10 @@ def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> di
     }
 
 
+AS_SAMPLED = {"samples": "without EOS after those that were cut"}
+"""A setting of results that rest on labelled samples. Earlier versions appended EOS to all of them."""
+
+
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:
     """Settings on which all results depend; a change repeats all runs. Settings of PPO alone are listed with its runs."""
     sweeps = {
@@ -97,6 +101,9 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     lora = {"lora": dataclasses.asdict(config.lora)} if config.lora.rank is not None else {}
     # Included only if prompts begin with BOS, so that results without it stay valid.
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
+    # Included only if it may cut samples.
+    whole = config.data.max_prompt_length + config.frontier.max_new_tokens + 1 <= config.data.max_length
+    limit = {} if whole else {"max_length": config.data.max_length}
     return {
         "reference": digest,
         "architecture": architecture(world.model),
@@ -104,6 +111,8 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
         "data": {
             "source": config.data.source,
             "max_prompt_length": config.data.max_prompt_length,
+            **AS_SAMPLED,
+            **limit,
             **bos,
             **digests_of_data(config, world),
         },

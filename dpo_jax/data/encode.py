@@ -138,11 +138,11 @@ def encode(
     A ranking also has the texts `between`. A single completion has a label, `desirable`; its text is both chosen and rejected.
 
     Like `tokenize_batch_element` of the original: prompt and completions are tokenized separately, without special tokens, and
-    EOS is appended to the completions. `bos` decides whether the prompt begins with BOS (`with_bos`). If the prompt and the
-    longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length` (keeping BOS and its end, or its
-    start). If that is not enough, both completions are cut to `max_length - max_prompt_length`; of a demonstration, to what the
-    prompt leaves of `max_length`. Raises `EosInText` if a text
-    contains EOS. Only in a record marked `chat` may EOS end the turns of the prompt. There a completion that the template
+    EOS is appended to the completions, except to the sides named in `unended`. `bos` decides whether the prompt begins with BOS
+    (`with_bos`). If the prompt and the longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length`
+    (keeping BOS and its end, or its start). If that is not enough, both completions are cut to
+    `max_length - max_prompt_length`; of a demonstration, to what the prompt leaves of `max_length`. Raises `EosInText` if a
+    text contains EOS. Only in a record marked `chat` may EOS end the turns of the prompt. There a completion that the template
     already ended, with EOS or another special token, gets no further EOS (as in TRL).
 
     Lists of messages `{"role", "content"}` are rendered by the chat template of `tokenizer`, as in `load_preferences`. Without
@@ -186,7 +186,7 @@ def encode(
     (chosen, chosen_scored), (rejected, rejected_scored) = (
         _spans_ids(tokenizer, get(side), side, spans)
         if (spans := get(f"{side}_spans")) is not None
-        else (ended_ids(get(side), tokenizer, name=side, chat=chat), None)
+        else (ended_ids(get(side), tokenizer, name=side, chat=chat, ended=side not in get("unended", ())), None)
         for side in ("chosen", "rejected")
     )
     between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
@@ -266,9 +266,13 @@ def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Trunc
     return np.concatenate([ids[:kept], ids[len(ids) - limit + kept :]])
 
 
-def ended_ids(text: str, tokenizer: Any, *, name: str = "completion", chat: bool) -> np.ndarray:
-    """The completion's ids with exactly one EOS, at the end; with none if a chat template ends it with another token."""
+def ended_ids(text: str, tokenizer: Any, *, name: str = "completion", chat: bool, ended: bool = True) -> np.ndarray:
+    """The completion's ids with exactly one EOS, at the end; with none if a chat template ends it with another token, or if
+    it is a sample that did not end."""
     ids = token_ids(text, tokenizer)
+    if not ended:
+        _refuse_eos(ids, tokenizer, name)
+        return ids
     if chat and tokenizer.eos_token_id in ids:
         end = int(np.argmax(ids == tokenizer.eos_token_id))
         if not tokenizer.decode(ids[end + 1 :]).strip():  # templates often end a turn with EOS and a newline

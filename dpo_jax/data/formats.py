@@ -72,11 +72,22 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             check_length(row[field], field=field)
         unread = unread_options(row)
         if "prompt" in row:
-            return checked(Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread))
+            found = Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread, unended=unended_sides(row))
+            return checked(found)
         cut = common_prompt(chosen, rejected)
-        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid, notes=unread))
+        return checked(Preference(chosen[:cut], chosen[cut:], rejected[cut:], uid, notes=unread, unended=unended_sides(row)))
 
     return one_each(rows, preference)
+
+
+def unended_sides(row: Row) -> tuple[str, ...]:
+    """The sides of a row that a token limit cut off, as `label` writes them."""
+    sides = row.get("unended")
+    if sides is None:
+        return ()
+    if not isinstance(sides, list | tuple) or not {*sides} <= {"chosen", "rejected"}:
+        raise BadRow(Cause.WRONG_TYPE, 'a list of "chosen" and "rejected" is needed', field="unended")
+    return tuple(sides)
 
 
 def common_prompt(chosen: str, rejected: str) -> int:

@@ -18,7 +18,7 @@ class LabelCounts(NamedTuple):
 
     pairs: int  # all K (K - 1) / 2 of every prompt
     labelled: int
-    ties: int  # equal rewards: no preference
+    ties: int  # equal rewards: no preference, unless the label is drawn all the same
     identical: int  # equal texts: nothing to learn
     empty: int  # a side without text, which no data set may contain
     eos: int  # a side that contains the EOS token, which no data set may contain either
@@ -34,12 +34,18 @@ def label(
     seed: int,
     name: str = "samples",
     eos: str | None = None,
+    finished: Sequence[Sequence[bool]] | None = None,
+    keep_ties: bool = False,
 ) -> tuple[list[Preference], LabelCounts]:
     """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs for 4 completions.
 
     "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second) (eq.
     1); rewards are then in logits, so scale them first. Pairs are in prompt order, with uids "name:prompt:first-second". The
-    same `seed` draws the same labels. Completions that contain `eos` are in no pair.
+    same `seed` draws the same labels. Completions that contain `eos` are in no pair. A sample that is not `finished[P][K]`, cut
+    off by a token limit, is marked (`Preference.unended`).
+
+    Pairs of equal rewards are left out. With "bradley_terry", `keep_ties` draws their labels too, with probability 1/2. This is
+    needed where a reward also depends on chance: leaving out ties then selects pairs by their outcome.
 
     Raises `ValueError` for shapes that do not agree, and for a reward that is not finite.
 
@@ -71,14 +77,17 @@ def label(
             chance = rng.random()
             gap = rewards[number, first] - rewards[number, second]
             cause = _cause(texts[first], texts[second], gap, eos)
-            if cause:
+            if cause and not (cause == "ties" and keep_ties and how == "bradley_terry"):
                 dropped[cause] += 1
                 continue
             # sigmoid(gap) without overflow.
             wins = gap > 0 if how == "argmax" else chance < (1 + np.tanh(gap / 2)) / 2
-            against += bool(wins) != (gap > 0)
-            chosen, rejected = (texts[first], texts[second]) if wins else (texts[second], texts[first])
-            preferences.append(Preference(prompt, chosen, rejected, f"{name}:{number}:{first}-{second}"))
+            against += bool(wins) != (gap > 0) and gap != 0
+            best, worst = (first, second) if wins else (second, first)
+            ended = (True, True) if finished is None else (finished[number][best], finished[number][worst])
+            unended = tuple(side for side, one in zip(("chosen", "rejected"), ended, strict=True) if not one)
+            uid = f"{name}:{number}:{first}-{second}"
+            preferences.append(Preference(prompt, texts[best], texts[worst], uid, unended=unended))
     return preferences, LabelCounts(pairs, len(preferences), **dropped, against=against)
 
 

@@ -106,6 +106,7 @@ class Preference:
     between: tuple[str, ...] = ()  # rankings only: best first
     desirable: bool | None = None  # single completions only
     demonstration: bool = False  # a completion to imitate, without a label; of a plain text the prompt is empty
+    unended: tuple[str, ...] = ()  # "chosen", "rejected": samples that a token limit cut off, after which no EOS was drawn
     images: tuple[Any, ...] = ()  # images of the prompt: `ImageFile` each; before opening, what the row named
 
 

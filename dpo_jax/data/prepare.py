@@ -114,18 +114,20 @@ def encode_targets(
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
     tokenizer = _Remembering(tokenizer)
-    seen: dict[tuple[str, tuple[str, ...], str, Spans | None, int], Preference] = {}
+    seen: dict[tuple[str, tuple[str, ...], str, Spans | None, bool, int], Preference] = {}
     for preference in preferences:
         if preference.desirable is False:
             continue
         spans = None if preference.sft_target else preference.chosen_spans
+        cut = not preference.sft_target and "chosen" in preference.unended
         # A second copy of a pair, made by the weight of its source, is trained on twice.
         target, shown = preference.sft_target or preference.chosen, tuple(image.digest for image in preference.images)
-        seen.setdefault((preference.prompt, shown, target, spans, copy_number(preference.uid)), preference)
+        seen.setdefault((preference.prompt, shown, target, spans, cut, copy_number(preference.uid)), preference)
     texts: list[Text] = []
     uids: list[str] = []
-    for (_, _, target, spans, _), preference in seen.items():
+    for (_, _, target, spans, cut, _), preference in seen.items():
         sides = {"chosen": target, "rejected": target, "chosen_spans": spans, "rejected_spans": spans}
+        sides |= {"unended": ("chosen", "rejected") if cut else ()}
         record = dataclasses.replace(preference, **sides, between=(), desirable=None)
         pair = _encode_text(record, tokenizer, images, **limits)
         texts.append(_whole_text(pair) if score_prompt else _of_side(pair))

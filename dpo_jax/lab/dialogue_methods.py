@@ -75,7 +75,7 @@ def _choose(examples: Sequence[Any], how: Sampling, *, seed: int, name: str) -> 
     # Keys that tell texts apart: reprs of token ids, which are never blank.
     texts = [[str(ids.tolist()) for _, ids, _, _ in examples[at : at + k]] for at in range(0, len(examples), k)]
     rewards = np.array([reward for *_, reward in examples]).reshape(-1, k)
-    chosen, _ = choose_pairs(texts, rewards, how=how.pairs, seed=seed)
+    chosen, _ = choose_pairs(texts, rewards, how=how.pairs, seed=seed, keep_ties=True)
     pairs = [(int(group * k + a), int(group * k + b)) for group, a, b in chosen]
     encoded = []
     for number, (a, b) in enumerate(pairs):
@@ -104,6 +104,14 @@ def trajectory_data(
     return grouped_data(world, groups, batch=batch, microbatches=microbatches, largest=[largest])
 
 
+def turn_data(world: DialogueWorld, groups: Sequence[PairGroup], how: Sampling, *, batch: int, microbatches: int) -> PairData:
+    """As `trajectory_data`, for groups of `label_turns`: shapes fit those of every other seed."""
+    several = 2 if how.pairs == "best_worst" else how.completions
+    history = np.zeros(world.width - world.new_tokens, np.int32)
+    largest = worst_case([history], completions=several, tokens=world.new_tokens)
+    return grouped_data(world, groups, batch=batch, microbatches=microbatches, largest=[largest])
+
+
 def train_online(
     world: DialogueWorld,
     method: PairMethod,
@@ -127,14 +135,14 @@ def train_online(
         for number in range(rounds):
             policy = policy_of(state)
             drawn = converse(world, policy, how, seed=seed, number=number)
-            labelled = label_conversations(drawn, how, seed=seed + number, name=f"round {number}")
+            labelled = label_conversations(drawn, how, seed=1000 * seed + number, name=f"round {number}")
             so_far.append(in_layout(world, method.data, labelled.groups))
             begin, end = (steps * n // rounds for n in (number, number + 1))
             batches = stream(
                 list(itertools.chain.from_iterable(data.groups for data in so_far)),
                 layout=method.data.layout,
                 batch=method.data.batch,
-                seed=seed + number,
+                seed=1000 * seed + number,  # seeds share no draws
                 ref_logps=np.concatenate([data.ref_logps for data in so_far]),
                 part=world.partitioner.host_part,
             )

@@ -36,15 +36,16 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 def gain_at_kl(by_seed: Iterable[Points], at: float, *, reference: float) -> Value | None:
     """Gain in true reward over the `reference` by the best policy, or mixture of two, within a KL of `at`.
 
-    `by_seed`: the policies of each seed. A seed without a policy that reaches this KL is left out; None if all seeds are.
+    `by_seed`: the policies of each seed. A seed without a policy that reaches this KL is left out; None if all seeds are. The
+    value says how many of the "seeds" are in it, out of those "of".
     """
-    mixed = []
-    for points in by_seed:
+    mixed, several = [], [*by_seed]
+    for points in several:
         kls = np.array([0.0, *(point["kl"] for point in points)])
         if at <= kls.max():
             gains = {end: np.array([0.0, *(p[f"reward{end}"] - reference for p in points)]) for end in ENDS}
             mixed.append({f"gain{end}": envelope(kls, gains[end], at) for end in ENDS})
-    return over_seeds(mixed, "gain") if mixed else None
+    return over_seeds(mixed, "gain") | {"seeds": len(mixed), "of": len(several)} if mixed else None
 
 
 def best_setting(results: Sequence[Result], *, reference: float) -> dict[str, Any]:
@@ -87,6 +88,8 @@ def curve_at(kl: np.ndarray, reward: np.ndarray, at: float) -> float | None:
 def cell(value: Value | None, *, beside: float | None = None) -> str:
     """A value with its interval for a printed table, and the value it is compared with in square brackets."""
     words = "-" if value is None else f"{value['']:.2f} ({value['_low']:.2f} to {value['_high']:.2f})"
+    if value is not None and value.get("seeds", 0) < value.get("of", 0):
+        words += f", {value['seeds']} of {value['of']} seeds"
     return words if beside is None else f"{words} [{beside:.2f}]"
 
 

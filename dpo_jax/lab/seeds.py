@@ -9,8 +9,16 @@ import numpy as np
 
 from dpo_jax.lab.sweep import Result
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""The 97.5 % quantile of Student's t for the mean of n values; for more than these, that of a normal distribution is used."""
+
+def student(count: int) -> float:
+    """The 97.5 % quantile of Student's t for the mean of `count` values, at least 2.
+
+    >>> student(2), student(3), student(30)
+    (12.706, 4.303, 2.045)
+    """
+    from scipy.special import stdtrit  # JAX brings it
+
+    return round(float(stdtrit(count - 1, 0.975)), 3)
 
 
 def over_seeds(points: Sequence[Mapping[str, float]], name: str) -> dict[str, float]:
@@ -27,7 +35,7 @@ def over_seeds(points: Sequence[Mapping[str, float]], name: str) -> dict[str, fl
     mean, low, high = values.mean(axis=0)
     if len(points) == 1:
         return {"": float(mean), "_low": float(low), "_high": float(high)}
-    scatter = STUDENT.get(len(points), 1.96) * values[:, 0].std(ddof=1) / math.sqrt(len(points))
+    scatter = student(len(points)) * values[:, 0].std(ddof=1) / math.sqrt(len(points))
     below, above = math.hypot(mean - low, scatter), math.hypot(high - mean, scatter)
     return {"": float(mean), "_low": float(mean - below), "_high": float(mean + above)}
 

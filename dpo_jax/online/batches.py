@@ -28,7 +28,10 @@ class PairBatches(NamedTuple):
         if not self.columns:
             return made
         of_pairs = {name: values[indices].reshape(-1) for name, values in self.columns.items()}
-        return made._replace(rows=made.rows.replace(extras={k: examples_to_rows(v, made.rows) for k, v in of_pairs.items()}))
+        extras = {name: examples_to_rows(values, made.rows) for name, values in of_pairs.items()}
+        if "beta" in extras:  # fillers count nothing, but losses that divide by beta would be infinite at 0
+            extras["beta"] = np.where(extras["beta"] == 0, of_pairs["beta"].max(), extras["beta"])
+        return made._replace(rows=made.rows.replace(extras=extras))
 
 
 def of_groups(groups: Sequence[PairGroup], values: np.ndarray, *, pairs: int) -> np.ndarray:

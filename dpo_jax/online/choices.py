@@ -71,15 +71,22 @@ def _mean_distance(values: np.ndarray) -> float:
 
 
 def choose_pairs(
-    texts: Sequence[Sequence[str]], rewards: np.ndarray, *, how: PairsHow, seed: int = 0, eos: str | None = None
+    texts: Sequence[Sequence[str]],
+    rewards: np.ndarray,
+    *,
+    how: PairsHow,
+    seed: int = 0,
+    eos: str | None = None,
+    keep_ties: bool = False,
 ) -> tuple[np.ndarray, LabelCounts]:
     """Preference pairs of the K completions of each of N prompts by `rewards[N, K]`: int64[P, 3], and counts of the rest.
 
     A row is (prompt, chosen, rejected). "best_worst" makes one pair per prompt, of the highest and the lowest reward (the first
     and the last of equal ones). "all" makes all K (K - 1) / 2 pairs, with the higher reward chosen. "bradley_terry" draws the
     labels of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are
-    left out (ties, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all"; their loss takes this
-    probability instead of a draw (`soft_labels`). Raises ValueError for shapes that differ and for rewards that are not finite.
+    left out (ties without `keep_ties`, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all"; their
+    loss takes this probability instead of a draw (`soft_labels`). Raises ValueError for shapes that differ and for rewards that
+    are not finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
@@ -98,7 +105,7 @@ def choose_pairs(
     elif how not in ("best_worst", "all", "bradley_terry", "soft"):
         raise ValueError(f"how={how!r}: use 'best_worst', 'all', 'bradley_terry' or 'soft'")
     labels = "bradley_terry" if how == "bradley_terry" else "argmax"
-    preferences, counts = label([""] * len(texts), texts, rewards, how=labels, seed=seed, eos=eos)
+    preferences, counts = label([""] * len(texts), texts, rewards, how=labels, seed=seed, eos=eos, keep_ties=keep_ties)
     found = []
     for preference in preferences:
         _, prompt, pair = preference.uid.split(":")

@@ -32,9 +32,10 @@ from dpo_jax.lab.dialogue_methods import (
     messages,
     train_online,
     trajectory_data,
+    turn_data,
 )
 from dpo_jax.lab.dialogue_report import COLUMNS, drawn, frontiers, summary, table
-from dpo_jax.lab.methods import PairData, PairMethod, grouped_data, in_layout
+from dpo_jax.lab.methods import PairData, PairMethod, in_layout
 from dpo_jax.lab.robust import rows
 from dpo_jax.lab.robust_plot import plot_curves
 from dpo_jax.lab.sweep import Result, Run, sweep
@@ -102,6 +103,8 @@ def _shared(config: Config, world: DialogueWorld, digest: str) -> dict[str, Any]
         "training": {name: getattr(config.dpo, name) for name in training if name != "policy"},
         "lora": dataclasses.asdict(config.lora),
         "precision": config.run.precision,
+        "seed": config.run.seed,  # also draws the conversations of the test
+        "ties": "labelled at random",  # earlier versions left them out
     }
 
 
@@ -163,7 +166,7 @@ class _Experiment:
         if seed != first:
             data = in_layout(self.world, self._pairs(kind, first), groups)
         elif kind == "turns":
-            data = grouped_data(self.world, groups, **sizes)
+            data = turn_data(self.world, groups, self.how, **sizes)
         else:
             data = trajectory_data(self.world, groups, self.how, **sizes)
         self._data[kind, seed] = data

@@ -16,11 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dpo_jax.cli import build
 from dpo_jax.cli.commands import sft as sft_command
-from dpo_jax.cli.commands.export import write_lora
 from dpo_jax.cli.config import Config, ConfigError, LoraConfig
 from dpo_jax.cli.config.lab import ONLINE, numbers
 from dpo_jax.cli.experiment import (
@@ -34,6 +31,7 @@ from dpo_jax.cli.experiment import (
     sized,
 )
 from dpo_jax.cli.frontier_runs import MIX_AT, TO_MIX, loss_of, online_settings, runs_of, shared_settings, to_mix
+from dpo_jax.cli.kept_policies import KeptPolicies
 from dpo_jax.cli.trained import planned
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.evals.frontier import Optimum
@@ -51,9 +49,6 @@ from dpo_jax.lab.second_reward import words as second_words
 from dpo_jax.lab.sweep import Result, Run, sweep
 from dpo_jax.lab.world import LEARNED, SECOND, Points, World
 from dpo_jax.losses import dpo_loss
-from dpo_jax.models.adapter import read_adapter, resumed
-from dpo_jax.models.hf import assemble, save_hf
-from dpo_jax.models.lora import LORA, adapter_shapes
 from dpo_jax.online.method import OnlineMethod
 from dpo_jax.online.rounds import RoundOptions
 from dpo_jax.plotting.training_curves import plot_displacement, plot_training
@@ -136,23 +131,12 @@ class _Study:
         ways = {"ppo": self._by_ppo, "ppo-gt": self._by_ppo} | dict.fromkeys(ONLINE, self._by_online)
         points, variables = ways.get(run.method, self._on_pairs)(run, folder)
         if run.method in TO_MIX:
-            self._save(folder / "policy", variables)
+            self.kept.save(folder / "policy", variables)
         return points
 
-    def _save(self, folder: Path, variables: Variables) -> None:
-        if self.part.lora is None:
-            save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
-        else:
-            write_lora(folder, self.part, variables, source=self.config.dpo_policy(), digests=self.digests)
-
-    def _saved(self, folder: Path) -> Variables:
-        """A saved policy on the devices. An adapter is put beside the reference's weights, wherever its base is now."""
-        base, partitioner = self.part.base, self.world.partitioner
-        if self.part.lora is None:
-            return build.load_weights(str(folder), base, partitioner, name="frontier")[0]
-        _, pieces = resumed(read_adapter(folder, base.config), base.config)
-        adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
-        return partitioner.put_variables({**partitioner.to_host(self.world.reference), **adapter})
+    @functools.cached_property
+    def kept(self) -> KeptPolicies:
+        return KeptPolicies(self.part, self.world, self.config.dpo_policy(), self.digests, "frontier")
 
     def _by_ppo(self, run: Run, folder: Path) -> tuple[Points, Variables]:
         assert self.ppo is not None
@@ -175,7 +159,7 @@ class _Study:
             while left and point["kl"] >= left[0]:
                 point["kept"] = left.pop(0)
             if "kept" in point:
-                self._save(folder / f"policy-{point['kept']:g}", self.world.partitioner.to_host(variables))
+                self.kept.save(folder / f"policy-{point['kept']:g}", self.world.partitioner.to_host(variables))
 
         names = {name: value for name, value in run.settings.items() if name in RoundOptions._fields}
         options = RoundOptions(**names, seed=run.seed, layout="packed", microbatches=self.config.dpo.microbatches)
@@ -254,7 +238,7 @@ class _Study:
         section, world, prompts = self.config.frontier, self.world, self.optimum_prompts
         mixed = to_mix(results)
         hosts.barrier("policies")  # settings of the sweep, written by the first host
-        policies = [self._saved(self.run_dir.path / "runs" / kept.run.name / kept.folder) for kept in mixed]
+        policies = [self.kept.load(self.run_dir.path / "runs" / kept.run.name / kept.folder)[0] for kept in mixed]
         print(f"the optimum, from {section.optimum_samples} completions of each of {len(prompts.ids)} prompts", flush=True)
         sizes = {name: getattr(section, name) for name in ("optimum_prompts", "optimum_samples")}
         ended, runs = [kept.point for kept in mixed], [dataclasses.asdict(kept.run) for kept in mixed]

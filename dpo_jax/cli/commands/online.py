@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
 from dpo_jax.cli.experiment import has_true_reward, make_world
 from dpo_jax.cli.frontier_runs import classifier_name
+from dpo_jax.cli.kept_policies import KeptPolicies
 from dpo_jax.cli.online_labels import compare_of, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.cli.train import earlier_run, metrics_writers, write_outputs
@@ -33,7 +33,6 @@ from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import World
 from dpo_jax.models.digest import files_digest
-from dpo_jax.models.hf import save_hf
 from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
@@ -138,16 +137,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         rounds=section.rounds,
         replay=section.replay,
     )
-    part = _part(config, world)
-
-    def save(path: Path, variables: Variables) -> None:
-        whole = part.merged(world.partitioner.to_host(variables))
-        if hosts.is_first():
-            save_hf(path, part.base, whole)
-
-    def load(path: Path) -> tuple[Variables, str]:
-        return build.load_weights(str(path), part.base, world.partitioner, name="online.refresh_reference_rounds")
-
+    kept = KeptPolicies(_part(config, world), world, config.dpo_policy(), digests, "online.refresh_reference_rounds")
     with identity.refusing_mismatch():
         log = LabelLog(run.path / "labels.jsonl", label_settings(config))
     return Rounds(
@@ -157,7 +147,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         log=log,
         settings=_settings(config, world),
         start=digests["start"],
-        references=KeptReferences(run.path / "references", save=save, load=load) if options.refresh else None,
+        references=KeptReferences(run.path / "references", save=kept.save, load=kept.load) if options.refresh else None,
         **labels,
     )
 

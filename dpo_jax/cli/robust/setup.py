@@ -19,7 +19,7 @@ from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import encode_samples, labelled_samples, make_world, of_training, prompts_of
-from dpo_jax.cli.frontier_runs import classifier_name, digests_of_data
+from dpo_jax.cli.frontier_runs import AS_SAMPLED, classifier_name, digests_of_data
 from dpo_jax.cli.robust.runs import families
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.tokenizer import tokenizer_digest
@@ -117,7 +117,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
         "reference": digest,
         "architecture": architecture(world.model),
         "tokenizer": tokenizer_digest(world.tokenizer),
-        "data": {name: getattr(config.data, name) for name in _SHARED_DATA} | digests_of_data(config, world),
+        "data": {name: getattr(config.data, name) for name in _SHARED_DATA} | digests_of_data(config, world) | AS_SAMPLED,
         "frontier": options,
         "training": {name: getattr(config.dpo, name) for name in training if name != "policy"},
         "lora": dataclasses.asdict(config.lora),

@@ -1,0 +1,48 @@
+"""Policies that a command keeps on disk for its own later parts: whole models, or adapters beside their base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from dpo_jax.cli import build
+from dpo_jax.cli.commands.export import write_lora
+from dpo_jax.cli.trained import Trained
+from dpo_jax.lab.world import World
+from dpo_jax.models.adapter import read_adapter, resumed
+from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.models.hf import assemble, save_hf
+from dpo_jax.models.lora import LORA, adapter_shapes
+from dpo_jax.runtime import hosts
+from dpo_jax.types import Variables
+
+
+class KeptPolicies(NamedTuple):
+    """Saves policies of `part` and reads them back, exactly. An adapter is not merged: in bfloat16 it would be rounded away."""
+
+    part: Trained
+    world: World
+    source: str  # the folder of the policy that training started from
+    digests: Mapping[str, str]  # of its weights
+    name: str  # of the command or option, for errors
+
+    def save(self, folder: Path, variables: Variables) -> None:
+        """Writes a policy. All hosts call this; the first one writes."""
+        if self.part.lora is None:
+            save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
+        else:
+            write_lora(folder, self.part, variables, source=self.source, digests=self.digests)
+
+    def load(self, folder: Path) -> tuple[Variables, str]:
+        """A policy on the devices, and the digest of what was read: the whole model, or its adapter."""
+        base, partitioner = self.part.base, self.world.partitioner
+        if self.part.lora is None:
+            return build.load_weights(str(folder), base, partitioner, name=self.name)
+        found, digest = read_adapter(folder, base.config), WeightsDigest()
+        found.digest_into(digest)
+        _, pieces = resumed(found, base.config)
+        adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
+        return partitioner.put_variables({**partitioner.to_host(self.world.reference), **adapter}), digest.hexdigest()
