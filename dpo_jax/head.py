@@ -66,7 +66,7 @@ def token_logps(
     parts = of_rows * of_scored  # each device sorts its own part
     each = rows * scored // parts
     count = -(-each // chunk)
-    if count == 1:
+    if count <= 1:
         return score(jnp.asarray(hidden), jnp.asarray(target))
     width = min(chunk, -(-each // count // 64) * 64)  # a CPU multiplies matrices of odd sizes a third slower
     used = jnp.ones(target.shape, bool) if used is None else jnp.asarray(used)

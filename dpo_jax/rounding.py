@@ -1,8 +1,8 @@
 """Stochastic rounding: parameters in bfloat16 that are updated in float32.
 
-bfloat16 has 8 significant bits. An update smaller than 1/256 of its parameter is lost when the sum is rounded to the nearest
-value, and at the learning rates of fine-tuning nearly all updates are that small. Stochastic rounding rounds up with a
-probability equal to the part that is cut off. This keeps the expected value, so many small updates add up.
+bfloat16 has 8 significant bits. An update smaller than 1/512 of its parameter is lost when the sum is rounded to the nearest
+value, and many up to 1/256 are. At the learning rates of fine-tuning nearly all updates are that small. Stochastic rounding
+rounds up with a probability equal to the part that is cut off. This keeps the expected value, so many small updates add up.
 """
 
 from __future__ import annotations

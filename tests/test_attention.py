@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
+from dpo_jax.models import attention_paths
 from dpo_jax.models.attention import DENSE, AttentionPath, Scoring, VisibleKeys, attend
 from dpo_jax.models.attention_chunked import chunked
 from dpo_jax.models.attention_gpu import cudnn_path, flash_path
@@ -304,6 +306,14 @@ def test_the_backward_pass_runs_the_forward_kernel_again_only_if_all_is_computed
 def test_automatic_choice(platform, name):
     assert path_name("auto", platform) == name
     assert attention_path("auto", platform=platform, config=LLAMA, dtype=jnp.bfloat16).name == name
+
+
+@pytest.mark.parametrize(("capability", "name"), [("7.5", "chunked"), ("8.0", "flash"), ("10.0", "flash"), ("gfx90a", "flash")])
+def test_a_gpu_for_which_kernels_do_not_compile_takes_none(monkeypatch, capability, name):
+    device = types.SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(attention_paths.jax, "devices", lambda: [device])
+    assert path_name("auto", "gpu") == name
+    assert path_name("flash", "gpu") == "flash"
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,18 @@ def test_saving_over_an_earlier_model_replaces_it_and_keeps_the_tokenizer(tmp_pa
     assert_same(load_hf(out)[1], other)
 
 
+def test_weights_of_several_types_lose_nothing(tmp_path):
+    """Such as a bfloat16 base in which `merge_adapter` made some kernels float32."""
+    model, variables, _, _ = golden("gpt_neox")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
+    mixed = {"params": {**rounded["params"], "layers": variables["params"]["layers"]}}
+    saved = load_hf(save_hf(tmp_path / "mixed", model, mixed))[1]
+    assert_same(saved, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), mixed))
+    save_hf(tmp_path / "one", model, rounded)
+    size = {name: (tmp_path / name / "model.safetensors").stat().st_size for name in ("mixed", "one")}
+    assert size["one"] < 0.6 * size["mixed"]
+
+
 @pytest.mark.parametrize("shard", [40_000, 10**9])
 def test_a_kill_while_a_model_is_replaced_leaves_no_mixture(shard, tmp_path, monkeypatch):
     model, old, _, _ = golden("gpt_neox")

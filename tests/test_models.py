@@ -389,6 +389,25 @@ def test_positions_of_longer_texts_than_the_decoder_knows_are_not_read():
     assert decoder_config(dynamic).ropes == decoder_config(default).ropes
 
 
+def test_the_first_names_of_long_rope_in_phi():
+    """transformers reads su and yarn in a Phi-3 as longrope."""
+    phi = load_config(GOLDEN / "models" / "phi3")
+    key = "rope_scaling" if phi.get("rope_scaling") else "rope_parameters"
+    for name in ("su", "yarn"):
+        older = {k: v for k, v in phi[key].items() if k != "rope_type"} | {"type": name}
+        found, same = decoder_config(phi | {key: older}), decoder_config(phi)
+        assert (found.ropes, found.max_positions) == (same.ropes, same.max_positions)
+
+
+def test_every_layer_of_a_qwen3_mixture_has_the_window():
+    """In transformers, `max_window_layers` and `layer_types` count in the dense model only."""
+    mixture, dense = (load_config(GOLDEN / "models" / name) for name in ("qwen3_moe", "qwen3"))
+    window = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 28, "layer_types": None}
+    assert set(decoder_config(mixture | window).windows) == {8}
+    assert set(decoder_config(dense | window).windows) <= {None}
+    assert not decoder_config(mixture | window | {"use_sliding_window": False}).windows
+
+
 @pytest.mark.parametrize(
     ("hf", "message"),
     [

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout, examples_to_rows, plain_rows, ranking_rows
+from dpo_jax.data.layout import Layout, causal_rows, examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step, preference_metrics
 from dpo_jax.head import CHUNK, head_chunk, token_logps
 from dpo_jax.logps import completion_lengths, completion_logps, sequence_logps
@@ -185,6 +185,10 @@ def test_gradient_is_the_one_of_the_paper():
         push = -0.1 / (1 + np.exp(0.1 * (log_ratios[0, 0] - log_ratios[0, 1])))
         expected = jax.tree.map(lambda chosen, rejected: push * (chosen - rejected), *sides)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), grads, expected)
+
+
+def test_texts_of_one_token_have_nothing_to_score(variables):
+    assert sequence_logps(MODEL, variables, causal_rows([[5], [6]])).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("chunk", [8, 100])

@@ -20,7 +20,7 @@ from dpo_jax.models.attention_common import KeySpans, key_spans, keys_twice, of_
 from dpo_jax.models.flash_kernels import BLOCK, LANES, LOG2E, LONGEST, Settings, Spans
 from dpo_jax.types import Array
 
-MOST = (1 << 31) - 1  # Triton indexes arrays in int32
+MOST = (1 << 31) - 1  # older versions of Pallas index arrays in int32
 
 
 class Prepared(NamedTuple):
@@ -80,10 +80,11 @@ def _rows(q: jax.Array, k: jax.Array, v: jax.Array, spans: Spans, *, settings: S
 
 
 def _check_size(q: jax.Array, k: jax.Array) -> None:
-    if max(q.size, k.size) >= MOST:  # beyond this, wrong elements would be read silently
+    padded = max(jax.eval_shape(_whole_blocks, x).size for x in (q, k))
+    if padded >= MOST:  # older versions would read wrong elements silently
         raise ValueError(
             f"flash attention counts at most {MOST:,} numbers a device, and the queries or keys of a batch have "
-            f"{max(q.size, k.size):,} there: use more microbatches"
+            f"{padded:,} there: use more microbatches"
         )
 
 

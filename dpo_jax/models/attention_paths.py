@@ -6,7 +6,7 @@
 | blocks | any | plain XLA, only blocks with visible keys: the default on CPUs |
 | chunked | any | plain XLA, a chunk of queries at a time; also used with key/value caches |
 | splash | TPU | JAX's Pallas kernel, which skips masked blocks: the default on TPUs |
-| flash | GPU | our Pallas kernels, which skip masked blocks, forward and backward: the default on GPUs |
+| flash | GPU | our Pallas kernels, which skip masked blocks, forward and backward: the default on GPUs since Ampere |
 | cudnn | GPU | cuDNN's fused kernel with the mask as a bias: it skips no block |
 
 Unsupported combinations raise an error that explains why; no path falls back to another because rows are long. The kernels are
@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.attention import DENSE, AttentionPath
@@ -33,7 +34,15 @@ Refusals = Callable[[DecoderConfig, Any], Iterator[str]]
 
 def path_name(asked: str, platform: str) -> str:
     """The path that "auto" stands for on `platform` ("cpu", "gpu", "tpu"); other names are returned unchanged."""
+    if asked == "auto" and platform == "gpu" and _is_old_gpu(jax.devices()[0]):
+        return CHUNKED.name
     return AUTOMATIC.get(platform, CHUNKED.name) if asked == "auto" else asked
+
+
+def _is_old_gpu(device: Any) -> bool:
+    """Whether it is an NVIDIA GPU before Ampere (such as a T4), for which Triton, and so Pallas, does not compile."""
+    capability = str(getattr(device, "compute_capability", ""))
+    return device.platform == "gpu" and capability.replace(".", "", 1).isdigit() and float(capability) < 8
 
 
 def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any, pieces: int = 1) -> AttentionPath:

@@ -289,7 +289,9 @@ def make_model(
 
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
         own, new = cache.own if isinstance(cache, SharedCache) else cache, rows.tokens.shape[1]
-        if new > (1 if isinstance(cache, SharedCache) else own["positions"].shape[1]):
+        if new > 1 and isinstance(cache, SharedCache):
+            raise ValueError(f"a SharedCache takes one token a row at a time, and these rows have {new}")
+        if new > own["positions"].shape[1]:
             raise ValueError(f"{new} tokens do not fit a cache of {own['positions'].shape[1]} columns")
         layers = apart(variables) if isinstance(own["key"], tuple) else None
         return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]

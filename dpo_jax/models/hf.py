@@ -6,6 +6,7 @@ shape checked; a tensor that is missing, unused or of the wrong shape is an erro
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -174,15 +175,15 @@ def save_hf(
 ) -> Path:
     """Write `config.json` and safetensors that Hugging Face's `AutoModelForCausalLM` loads. Returns the folder.
 
-    `dtype` converts the weights (None: as they are). `source` is the folder or Hub id of the model that they were trained from;
-    its `generation_config.json`, if any, is copied. `settings` are added to `config.json`. Files are written next to the
-    folder, read back, compared and only then moved in, so that a kill leaves no half-written model. In a folder that holds an
-    earlier model, its files are replaced and others, such as a tokenizer, stay. Weights that are sharded over several hosts are
-    collected tensor by tensor with `fetch`: all hosts call this, one with `write`. `others` are further tensors to store
-    unchanged, in a larger type where `dtype` would change their values: those of the vision encoder (`encoder_in_hf_form`),
-    which a model that reads images needs. Raises FileExistsError for a folder that holds something else; ValueError if the
-    variables do not fit the model or hold more than "params", which would be lost, and for a model of your own, which has no
-    Hugging Face form; OverflowError, naming the tensor, for values too large for `dtype`.
+    `dtype` converts the weights (None: to the smallest type that holds all of theirs). `source` is the folder or Hub id of the
+    model that they were trained from; its `generation_config.json`, if any, is copied. `settings` are added to `config.json`.
+    Files are written next to the folder, read back, compared and only then moved in, so that a kill leaves no half-written
+    model. In a folder that holds an earlier model, its files are replaced and others, such as a tokenizer, stay. Weights that
+    are sharded over several hosts are collected tensor by tensor with `fetch`: all hosts call this, one with `write`. `others`
+    are further tensors to store unchanged, in a larger type where `dtype` would change their values: those of the vision
+    encoder (`encoder_in_hf_form`), which a model that reads images needs. Raises FileExistsError for a folder that holds
+    something else; ValueError if the variables do not fit the model or hold more than "params", which would be lost, and for a
+    model of your own, which has no Hugging Face form; OverflowError, naming the tensor, for values too large for `dtype`.
 
     >>> decoder, weights = load_hf(folder)
     >>> sorted(file.name for file in save_hf("copy", decoder, weights).iterdir())
@@ -211,7 +212,7 @@ def save_hf(
         found, asked = (_shape(tree, name) for tree in (flat, expected))
         if found != asked:
             raise ValueError(f"parameter {name} does not fit this {config.family}: expected {asked}, found {found}")
-    dtype = np.dtype(dtype or flat["token_embedding"].dtype)
+    dtype = np.dtype(dtype or functools.reduce(np.promote_types, (leaf.dtype for leaf in flat.values())))
     if config.image_width and not others:
         raise ValueError("a model that reads images is written with its vision encoder: give others=encoder_in_hf_form(...)")
     sizes, get = in_hf_form(tensors(config), flat, dtype, fetch)

@@ -44,7 +44,9 @@ def _olmoe(read: Reader) -> dict[str, Any]:
 def _qwen3_moe(read: Reader) -> dict[str, Any]:
     if read.size("decoder_sparse_step") != 1:
         read.refuse("decoder_sparse_step", "1, experts in every layer")
-    fields = {**qwen.qwen3_fields(read), **_routing(read, 128)}
+    # transformers gives every layer the window: `max_window_layers` and `layer_types` count in the dense Qwen3 only.
+    sliding = read.flag("use_sliding_window") and read.has("sliding_window")
+    fields = {**qwen.qwen3_fields(read, [sliding] * read.layers("num_hidden_layers")), **_routing(read, 128)}
     return {**fields, "norm_routes": read.flag("norm_topk_prob"), "mlp_width": read.size("moe_intermediate_size")}
 
 

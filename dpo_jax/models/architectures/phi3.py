@@ -7,6 +7,7 @@ from typing import Any
 from dpo_jax.models.architectures import llama
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.family import Family, Sizes
+from dpo_jax.models.fields import Fields
 from dpo_jax.models.hf_settings import Reader
 from dpo_jax.models.rope import LongRope, Rope
 from dpo_jax.models.tensor_layouts import SAME, Tensor, linear, norm, stacked
@@ -25,6 +26,9 @@ def _fields(read: Reader) -> dict[str, Any]:
 def _ropes(read: Reader, head_size: int, layers: int) -> tuple[Rope, ...]:
     """Positions in part of each head, if `partial_rotary_factor` says so (Phi-4-mini: three quarters)."""
     settings, key = read.rope_settings(), "partial_rotary_factor"
+    for name in ("rope_type", "type"):  # the first folders said su or yarn
+        if settings.all.get(name) in ("su", "yarn"):
+            settings = Fields({**settings.all, name: "longrope"}, settings.where)
     part = settings if settings.has(key) else read
     if (share := part.number(key)) > 1:
         part.wrong(key, "a number above 0 and at most 1")

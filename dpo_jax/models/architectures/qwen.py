@@ -25,8 +25,12 @@ def _qwen2(read: Reader) -> dict[str, Any]:
     return llama.shared_fields(read, sliding=_sliding(read)) | {"qkv_bias": True}
 
 
-def qwen3_fields(read: Reader) -> dict[str, Any]:
-    return {**llama.shared_fields(read, sliding=_sliding(read)), **llama.attention_biases(read), "qk_norm": True}
+def qwen3_fields(read: Reader, sliding: list[bool] | None = None) -> dict[str, Any]:
+    return {
+        **llama.shared_fields(read, sliding=_sliding(read) if sliding is None else sliding),
+        **llama.attention_biases(read),
+        "qk_norm": True,
+    }
 
 
 QWEN2 = Family(
