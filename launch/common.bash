@@ -1,6 +1,7 @@
 # What the launch scripts have in common; they source it from the top of the repository.
 # shellcheck shell=bash
 
+bash_version=$((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1]))
 dry_run=no
 quiet=no # of checks that find nothing
 told=no # that nothing can be checked
@@ -20,10 +21,17 @@ die() {
 
 # Words as a shell reads them back: what is printed can be pasted, and what goes through ssh arrives as it was.
 quoted() {
-  local word quote="'" escaped="'\\''" between=''
+  local word whole quote="'" escaped="'\\''" between=''
   for word in "$@"; do
     case $word in
-      '' | *[!A-Za-z0-9_@%+=:,./-]*) printf "%s'%s'" "$between" "${word//"$quote"/"$escaped"}" ;;
+      '' | *[!A-Za-z0-9_@%+=:,./-]*)
+        whole='' # not ${word//...}: versions of bash differ in how they quote there
+        while [ "$word" != "${word#*$quote}" ]; do
+          whole+=${word%%$quote*}$escaped
+          word=${word#*$quote}
+        done
+        printf "%s'%s'" "$between" "$whole$word"
+        ;;
       *) printf '%s%s' "$between" "$word" ;;
     esac
     between=' '
@@ -51,9 +59,13 @@ supervised() {
   [ -z "$asked" ] || kill -TERM "$child" 2>/dev/null || true
   # Not `wait` alone: a signal that comes just before it blocks would be heard only when the command has ended. Nor `sleep`:
   # bash can lose a Ctrl-C that comes just when a program in the foreground ends. What is read here never comes.
-  exec {never}<> <(:)
-  while kill -0 "$child" 2>/dev/null; do read -rt 0.2 -u "$never" || true; done
-  exec {never}>&-
+  if [ "$bash_version" -ge 401 ]; then
+    exec {never}<> <(:)
+    while kill -0 "$child" 2>/dev/null; do read -rt 0.2 -u "$never" || true; done
+    exec {never}>&-
+  else # macOS has bash 3.2
+    while kill -0 "$child" 2>/dev/null; do sleep 0.2; done
+  fi
   wait "$child" || code=$?
   trap - TERM INT
   return "$code"

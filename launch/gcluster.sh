@@ -79,6 +79,7 @@ devices_of_slices() {
   topology=$(option --topology ${options[@]+"${options[@]}"})
   if [[ $topology =~ ^[0-9]+(x[0-9]+)+$ ]]; then
     devices=$((${topology//x/*}))
+    case $(option --compute-type ${options[@]+"${options[@]}"}) in tpu7x*) devices=$((2 * devices)) ;; esac # two of JAX a chip
   else
     devices=$(devices_of "$(option --compute-type ${options[@]+"${options[@]}"})")
   fi

@@ -47,9 +47,11 @@ read_arguments() {
     esac
     shift
   done
-  [ -n "$run_dir" ] || run_dir=$(sed -n '/^run:/,/^[a-z]/s/^  dir: *\([^ #]*\).*/\1/p' "$dpo_config")
-  [ -n "$run_dir" ] || die "$dpo_config has no run.dir: give --run.dir DIR"
-  case $run_dir in *[\"\'\&\*\|\>\{\[]*) die "run.dir in $dpo_config is quoted: give --run.dir DIR" ;; esac
+  if [ -z "$run_dir" ]; then
+    run_dir=$(sed -n '/^run:/,/^[a-z]/s/^  dir: *//p' "$dpo_config" | sed 's/[[:space:]]#.*//; s/^#.*//; s/[[:space:]]*$//')
+    [ -n "$run_dir" ] || die "$dpo_config has no run.dir: give --run.dir DIR"
+    case $run_dir in *[\"\'\&\*\|\>\{\[]*) die "run.dir in $dpo_config is quoted: give --run.dir DIR" ;; esac
+  fi
   if [ -z "$steps" ]; then
     [ "$many_hosts" = yes ] && steps=sft,refs,dpo,eval || steps=audit,sft,refs,dpo,eval,export
   fi

@@ -226,13 +226,15 @@ install() {
 
 # What a worker does to become ready. The system's Python may be older than 3.11: uv brings another.
 setup() {
+  local served=${nfs%/}
+  case $served in *:) served=$nfs ;; esac # the root of a server
   cat <<TEXT
 set -e
 mkdir -p dpo_jax && tar -xzf dpo_jax.tar.gz -C dpo_jax
 [ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
 sudo mkdir -p $(quoted "$mount")
 mountpoint -q $(quoted "$mount") || sudo mount -t nfs $(quoted "$nfs" "$mount")
-[ "\$(findmnt -no SOURCE $(quoted "$mount"))" = $(quoted "${nfs%/}") ] || { echo $(quoted "$mount has another disk than $nfs: unmount it first") >&2; exit 1; }
+[ "\$(findmnt -no SOURCE $(quoted "$mount"))" = $(quoted "$served") ] || { echo $(quoted "$mount has another disk than $nfs: unmount it first") >&2; exit 1; }
 [ -w $(quoted "$mount") ] || { echo $(quoted "$nfs is not writable for you") >&2; exit 1; }
 export PATH="\$HOME/.local/bin:\$PATH"
 command -v uv >/dev/null || python3 -m pip install --quiet --user uv

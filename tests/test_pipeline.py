@@ -239,3 +239,20 @@ def test_a_quoted_run_dir_is_not_guessed(chain, tmp_path, name):
     assert f"run.dir in {config} is quoted: give --run.dir DIR" in done.stderr
     assert done.returncode == 2
     assert not chain.calls_file.exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "name"), [("runs/my run  # mine", "runs/my run"), ("runs/a#1", "runs/a#1"), ("/data/x/hh", "/data/x/hh")]
+)
+def test_the_run_dir_of_the_configuration_is_read_whole(chain, tmp_path, written, name):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"run:\n  dir: {written}\n")
+    command = ["bash", str(ROOT / "launch" / "hh_pipeline.sh"), "--dry-run"]
+    done = subprocess.run(command, env=chain.env | {"DPO_JAX_DPO_CONFIG": str(config)}, capture_output=True, text=True)
+    assert f"--run.dir {shlex.quote(name)}\n" in done.stdout.replace(" --steps", "\n") + "\n", done.stdout + done.stderr
+
+
+def test_a_run_dir_that_was_given_may_be_any(chain, tmp_path):
+    command = ["bash", str(ROOT / "launch" / "hh_pipeline.sh"), "--dry-run", "--run.dir", f"{tmp_path}/R&D"]
+    done = subprocess.run(command, env=chain.env, capture_output=True, text=True)
+    assert f"--run.dir '{tmp_path}/R&D'" in done.stdout, done.stderr

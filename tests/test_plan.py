@@ -7,6 +7,7 @@ test_plan_gpu.py.
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -369,6 +370,30 @@ def test_a_sweep_varies_the_ways_along_expert_of_a_mixture(family, expert, ways,
     assert {mesh["expert"] for mesh in tried} == ways
     for mesh in tried:
         assert np.prod(list(mesh.values())) == 8
+
+
+@pytest.mark.parametrize(
+    ("mesh", "first"), [({"data": 8, "fsdp": 1}, (1, 8)), ({"data": -1, "fsdp": 1}, (1, 8)), ({"data": 1, "fsdp": 8}, (1, 4))]
+)
+def test_nearby_settings_shard_more_and_leave_every_device_a_pair(tmp_path, mesh, first):
+    config = load_config(plan_file(tmp_path, mesh=mesh, dpo={"batch": 64}))
+    found = list(itertools.islice(search._nearby(config, slice_of("h100:8")), search.TRIES))
+    unchanged = [one for one in found if (one.mesh.fsdp, one.mesh.tensor) == (mesh["fsdp"], 1)]
+    micro = [one.dpo.microbatches for one in unchanged]
+    assert micro == [1, 1, 2, 4, 8], "more microbatches than pairs of a device are of no use"
+    sharded = next(one for one in found if one not in unchanged)
+    assert (sharded.mesh.data, sharded.mesh.fsdp) == first
+    assert (sharded.dpo.microbatches, sharded.mesh.tensor) == (8, 1) if first == (1, 8) else (16, 2)
+    for one in found:
+        shards = 8 // one.mesh.tensor
+        assert one.dpo.batch % (shards * one.dpo.microbatches) == 0
+
+
+def test_as_many_microbatches_are_tried_as_a_batch_can_have(tmp_path):
+    config = load_config(plan_file(tmp_path, dpo={"batch": 16}))
+    assert search._fitting(config, 8, {"context": 1, "tensor": 2}, 16) == [4]
+    assert search._fitting(config, 8, {"context": 1, "tensor": 1}, 1) == [1]
+    assert search._fitting(config, 32, {"context": 1, "tensor": 1}, 4) == []
 
 
 # With libtpu

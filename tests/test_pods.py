@@ -123,6 +123,13 @@ def test_a_preempted_slice_is_asked_for_again_and_the_run_continues(pod, how):
     assert pod.calls()[1][5:] == ["--zone=z1", "--node-id=hh", *SLICE[2:-2]]
 
 
+def test_the_root_of_a_server_can_be_mounted(pod):
+    words = [*pod.command[: pod.command.index("--nfs")], "--nfs", "10.0.0.2:/", *pod.command[pod.command.index("--nfs") + 2 :]]
+    done = pod.run(*words)
+    assert done.returncode == 0, done.stderr
+    assert f"mount -t nfs 10.0.0.2:/ {pod.share}" in (pod.path / "calls").read_text()
+
+
 def test_the_same_line_comes_back_to_a_run_that_goes_on(pod):
     pod.program(UNTIL_ASKED)
     first = pod.popen(*pod.command, out=subprocess.DEVNULL)
@@ -363,6 +370,7 @@ def test_half_a_request_is_refused(cloud):
         ("--compute-type=v5p-8", 4),
         ("--compute-type v6e-16 --num-slices 2", 32),
         ("--compute-type ct5p-hightpu-4t --topology 2x2x4", 16),
+        ("--compute-type tpu7x-standard-4t --topology 2x2x2", 16),
         ("--compute-type nvidia-l4", None),
         ("", None),
     ],

@@ -48,7 +48,7 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     # Another host is gone: started again, but not for ever if no start gets to a new checkpoint.
     cloud.add("dpo-jax", "exit 134", folder=venv)
     assert [code() for _ in range(5)] == [134] * 4 + [1]
-    cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/500; exit 134", folder=venv)
+    cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/dpo/500; exit 134", folder=venv)
     assert [code() for _ in range(4)] == [134] * 4
     # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
     cloud.add("dpo-jax", "exit 0", folder=venv)

@@ -45,7 +45,11 @@ def run(config: Config) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"plans": [one.to_json() for one in plans]})
     print(f"figures: {out}")
-    return 0 if plans[0].step.fits or config.plan.sweep else 2
+    refs = plans[0].refs
+    if refs is not None and not refs.fits:
+        fewer = f"--refs.batch {max(1, config.refs.batch // 2)}"
+        print(f"the reference pass does not fit: {refs.problem}; take fewer pairs at a time: {fewer}")
+    return 0 if config.plan.sweep or (plans[0].step.fits and (refs is None or refs.fits)) else 2
 
 
 def _refuse_foreign(out: Path) -> None:

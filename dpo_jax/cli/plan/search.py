@@ -10,7 +10,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import Plan, plan
 from dpo_jax.runtime.chips import Chip, slice_of
-from dpo_jax.runtime.mesh_shape import mesh_words
+from dpo_jax.runtime.mesh_shape import mesh_shape, mesh_words
 
 TRIES = 8  # most programs compiled in search of one that fits
 
@@ -57,11 +57,12 @@ def nearest(config: Config, topology: str) -> list[Plan]:
 
 def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
     devices = place[0].cores * place[1]
-    mesh, micro = dataclasses.asdict(config.mesh), config.dpo.microbatches
+    asked = dataclasses.asdict(config.mesh)
+    mesh, micro = dict(zip(asked, mesh_shape(devices, **asked), strict=True)), config.dpo.microbatches
     kept = ("none", "save_attention", "full")
     for remat in kept[kept.index(config.model.remat) + 1 :]:
         yield _with(config, mesh=mesh, remat=remat, microbatches=micro)
-    while config.dpo.batch % (2 * micro) == 0 and len(_fitting(config, devices, mesh, 2 * micro)):
+    while 2 * micro in _fitting(config, devices, mesh, 2 * micro):
         micro *= 2
         yield _with(config, mesh=mesh, remat="full", microbatches=micro)
     context = mesh["context"]
@@ -75,7 +76,7 @@ def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
 def _fitting(config: Config, devices: int, mesh: dict[str, int], most: int) -> list[int]:
     """The largest number of microbatches up to `most` that leaves every device a pair in each; none if there is none."""
     shards = devices // (mesh["context"] * mesh["tensor"])
-    return [n for n in (most, most // 2, 1) if n and config.dpo.batch % (shards * n) == 0][:1]
+    return [n for n in range(most, 0, -1) if config.dpo.batch % (shards * n) == 0][:1]
 
 
 def sweep(config: Config, topology: str) -> list[Plan]:
