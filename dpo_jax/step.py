@@ -44,7 +44,8 @@ def train_step(
     `dpo_step`, `sft_step`, `reward_step` and `ppo_step` are this step with their own objectives.
 
     Args:
-      microbatches: number of equal parts over which gradients are accumulated. The result is the same, with less memory.
+      microbatches: number of equal parts over which gradients are accumulated. The result is the same, with less memory
+        (a load-balancing loss of experts is then the mean of the parts).
       axis_name: the mapped axis under pmap or shard_map; None under jit, also over a sharded mesh.
 
     >>> def objective(variables, rows):

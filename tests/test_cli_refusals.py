@@ -56,6 +56,10 @@ def test_too_little_memory_is_met_with_options_that_need_less(done, tmp_path, mo
     message = refused(71, "dpo", done.config, "--run.dir", tmp_path, *full, "--lora.rank", 2)
     assert "--lora.base-dtype bfloat16" in message
     assert not {"microbatches", "remat", "precision", "param-dtype", "rank"} & {*message.replace(".", " ").split()}
+    # Four devices: a batch of 4 has no parts, one of 8 has two.
+    for batch, offered in ((4, False), (8, True)):
+        plain = ("--data.layout", "plain", "--run.devices", "pmap", "--dpo.batch", batch)
+        assert ("microbatches 2" in refused(71, "dpo", done.config, "--run.dir", tmp_path, *plain)) == offered
 
 
 ROWS = [{"prompt": f"We saw film {i}. It was", "chosen": f" good {i}.", "rejected": f" bad {i}."} for i in range(20)]

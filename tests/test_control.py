@@ -21,6 +21,8 @@ from dpo_jax.control.lqr import Lqr, LqrWorld, masses
 from dpo_jax.control.methods import METHODS, Learner, Options
 from dpo_jax.control.policies import gaussian_policy
 from dpo_jax.control.rollouts import Rollouts, best_segments, preferences
+from dpo_jax.control.summary import summarised, tables
+from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.runtime.parallel import pmap_partitioner, single_device
 from dpo_jax.step import init_state
 
@@ -200,7 +202,14 @@ def test_losses_of_implicit_q_learning():
     state, metrics = jax.jit(step)(init_state(variables, tx), batch)
 
     def dense(name, x):
-        layers = jax.tree.map(np.float64, variables[name]["params"])
+        if name in ("q", "target"):  # two networks, one after the other
+            return np.concatenate(
+                [layers_of(jax.tree.map(lambda leaf, i=i: leaf[i], variables[name]), x) for i in range(2)], axis=1
+            )
+        return layers_of(variables[name], x)
+
+    def layers_of(network, x):
+        layers = jax.tree.map(np.float64, network["params"])
         hidden = np.maximum(x @ layers["Dense_0"]["kernel"] + layers["Dense_0"]["bias"], 0)
         return hidden @ layers["Dense_1"]["kernel"] + layers["Dense_1"]["bias"]
 
@@ -217,6 +226,30 @@ def test_losses_of_implicit_q_learning():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), state.params["target"], target)
     # V learns nothing from the aim of Q, nor the policy's weights from the policy.
     assert not jnp.allclose(state.params["value"]["params"]["Dense_1"]["bias"], variables["value"]["params"]["Dense_1"]["bias"])
+
+
+def test_the_two_q_share_nothing():
+    """min(Q1, Q2) is of use only if the two err apart."""
+    critics = Critics(3, 2, [4])
+    variables = critics.init(jax.random.key(0), gaussian_policy([3], 2, hidden=[4], std=1.0))["q"]
+    pairs = np.float32(np.random.default_rng(0).normal(size=(6, 5)))
+    slopes = jax.jacobian(lambda v: critics.q_of(v, pairs).sum(axis=0))(variables)
+    for leaf in jax.tree.leaves(slopes):  # [Q, network, ...]
+        assert not leaf[0, 1].any()
+        assert not leaf[1, 0].any()
+    values = critics.q_of(variables, pairs)
+    assert not np.allclose(values[:, 0], values[:, 1])
+
+
+def test_one_seed_says_nothing_about_others():
+    run = lambda method, value: Result(  # noqa: E731
+        Run(method, "regret", {"preferences": "regret"}, 0),
+        [{"return": value, "return_low": value - 9, "return_high": value + 9}],
+        1.0,
+    )
+    summary = summarised([run("cpl", -100.0), run("sft", -124.0)], -80.0)
+    assert [(row["return"], row["return_low"]) for row in summary["ahead"]] == [(24.0, None)]
+    assert tables(summary)[1].rows == [["sft", "24.00"]]
 
 
 # The command

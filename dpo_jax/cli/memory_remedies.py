@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import jax
+
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.training import divisors
@@ -38,7 +40,9 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
     training = getattr(config, section)
     if _reads(name, f"{section}.microbatches"):
         now = training.microbatches
-        more = next((count for count in divisors(training.batch) if count > now), None)
+        shards = 1 if config.data.layout == "packed" else _row_shards(config)
+        fitting = (count for count in divisors(training.batch) if count > now and training.batch % (shards * count) == 0)
+        more = next(fitting, None)
         if more is not None:
             yield f"--{section}.microbatches {more}", f"a batch of {training.batch} in {more} parts (now {now})"
     if _reads(name, "model.remat") and config.model.remat != "full":
@@ -49,6 +53,13 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
         size = getattr(getattr(config, option.partition(".")[0]), option.partition(".")[2])
         if _reads(name, option) and size > 1:
             yield f"--{option.replace('_', '-')} {size // 2}", f"now {size}"
+
+
+def _row_shards(config: Config) -> int:
+    """Number of parts into which the rows of a batch are sharded."""
+    if config.run.devices == "single":
+        return 1
+    return jax.device_count() // (config.mesh.context * config.mesh.tensor if config.run.devices == "mesh" else 1)
 
 
 def _of_another_run(name: str, config: Config) -> Iterator[tuple[str, str]]:

@@ -277,14 +277,17 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
     trained, frozen = (sum(leaf.size for leaf in jax.tree.leaves(part)) // copies for part in (state.params, state.frozen))
     used = {"single": "one device", "pmap": f"pmap over {partitioner.row_shards}", "mesh": mesh}[config.run.devices]
     share = section.batch / partitioner.row_shards
+    unused = config.run.devices == "single" and len(devices) > 1
+    slow = config.run.precision == "float32" and devices[0].platform != "cpu"
     table = {
         "hosts": f"{jax.process_count()}",
         "devices": f"{len(devices)} x {kind}, {jax.local_device_count()} on this host",
-        "layout": used,
+        "layout": used + f" of {len(devices)}; --run.devices mesh takes all" * unused,
         "attention": build.attention_name(config),
         "parameters": f"{trained:,}" + (f" trained, {frozen:,} frozen" if frozen else ""),
         "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
-        "microbatches": f"{section.microbatches}, remat {config.model.remat}, {config.run.precision}",
+        "microbatches": f"{section.microbatches}, remat {config.model.remat}",
+        "precision": config.run.precision + "; --run.precision bfloat16 is faster here, and TRL's default" * slow,
     }
     return "\n".join(f"{name:>14}  {value}" for name, value in table.items())
 

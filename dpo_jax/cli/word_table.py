@@ -31,6 +31,7 @@ _HOSTS = "run.distributed auto joins the processes of several hosts; run.heartbe
 _SHUFFLED = "every epoch is shuffled, by run.seed"
 _COMPILED = "every step is compiled; nothing needs to be set"
 _SCORED = "sft.scored: completion, or all tokens"
+_CALLBACKS = "metrics and callbacks of your own are arguments of dpo_jax.train, in Python"
 _NOTHING = "nothing needs to be set for that here"
 _SCHEDULE = "*.schedule; TRL's linear with warm-up is wsd, with *.decay_ratio 1 - the share of warm-up"
 
@@ -185,6 +186,8 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("dataloader_in_order", "dataloader_multiprocessing_context", "save_on_each_node"), _NOTHING),
     **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _NOTHING),
     **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices"), _NOTHING),
+    **dict.fromkeys(("label_names", "prediction_loss_only", "log_level", "log_level_replica", "debug"), _NOTHING),
+    **dict.fromkeys(("batch_eval_metrics", "include_for_metrics", "restore_callback_states_from_checkpoint"), _CALLBACKS),
     "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run with exit code 76; the last good checkpoint is kept",
     "include_num_input_tokens_seen": _LOGGED,
     "optim_target_modules": "*.trainable",

@@ -9,8 +9,8 @@ policy   -min(exp(beta u), 100) log pi(a | s)                                   
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +69,20 @@ class Critics:
     """MLPs for V and two Q; `init(key, policy)` gives all variables of `iql_step`, including the targets of Q."""
 
     def __init__(self, state: int, actions: int, hidden: Sequence[int]) -> None:
-        self.value, self.q = Network(1, tuple(hidden)), Network(2, tuple(hidden))
+        self.value, self.q = Network(1, tuple(hidden)), Network(1, tuple(hidden))
         self.state, self.actions = state, actions
 
     def init(self, key: jax.Array, policy: Policy) -> Variables:
         of_policy, of_q, of_value = jax.random.split(key, 3)
-        q = self.q.init(of_q, jnp.zeros(self.state + self.actions))
+        pair = jnp.zeros(self.state + self.actions)
+        q = jax.vmap(lambda key: self.q.init(key, pair))(jax.random.split(of_q))  # two networks that share nothing
         value = self.value.init(of_value, jnp.zeros(self.state))
         return {"policy": policy.init(of_policy), "value": value, "q": q, "target": jax.tree.map(jnp.copy, q)}
+
+    def q_of(self, variables: Any, pairs: Array) -> jax.Array:
+        """Both values of each pair of state and action: float32[..., 2]."""
+        values = jax.vmap(lambda one: self.q.apply(one, pairs, mutable=False))(variables)  # [2, ..., 1]
+        return jnp.moveaxis(jnp.asarray(values)[..., 0], 0, -1)
 
 
 def iql_step(
@@ -102,14 +108,13 @@ def iql_step(
 
     def objective(variables: Variables, batch: Experience) -> tuple[jax.Array, Metrics]:
         pairs = _beside(batch.states, batch.actions)
-        q_of = functools.partial(critics.q.apply, mutable=False)
         value = critics.value.apply(variables["value"], batch.states)[..., 0]  # type: ignore[index]
         after = stop(critics.value.apply(variables["value"], batch.after)[..., 0])  # type: ignore[index]
-        target = stop(jnp.min(q_of(variables["target"], pairs), axis=-1))  # type: ignore[arg-type]
+        target = stop(jnp.min(critics.q_of(variables["target"], pairs), axis=-1))  # type: ignore[arg-type]
         advantage = target - value
         of_value = jnp.where(advantage < 0, 1 - expectile, expectile) * jnp.square(advantage)
         aim = batch.rewards + gamma * after
-        of_q = jnp.square(q_of(variables["q"], pairs) - aim[..., None]).sum(axis=-1)  # type: ignore[operator]
+        of_q = jnp.square(critics.q_of(variables["q"], pairs) - aim[..., None]).sum(axis=-1)  # type: ignore[operator]
         weight = stop(jnp.minimum(jnp.exp(beta * advantage), HIGHEST_WEIGHT))
         of_policy = -weight * log_prob(variables["policy"], batch.states, batch.actions)
         parts = {"loss/value": of_value, "loss/q": of_q, "loss/policy": of_policy}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.lab.robust import Grid
-from dpo_jax.lab.seeds import STUDENT, last_points, over_seeds
+from dpo_jax.lab.seeds import last_points, over_seeds, student
 from dpo_jax.lab.sweep import Result
 
 COLUMNS = ("method", "preferences", "seed", "step", "return", "return_low", "return_high", "excess", "kl", "seconds")
@@ -34,7 +34,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 def summarised(results: Sequence[Result], optimal: float) -> dict[str, Any]:
     """Summary with `returns` of each method and kind of preferences (mean of the last points over seeds, 95 % interval,
     standard error over seeds) and `ahead`, CPL's return minus that of each other method, paired by seed, with the 95 %
-    interval (Student's t).
+    interval (Student's t; none for one seed).
     """
     by_run = {key: [of[seed] for seed in sorted(of)] for key, of in last_points(results).items()}
     kinds = {r.run.label: r.run.settings["preferences"] for r in results}
@@ -51,15 +51,15 @@ def summarised(results: Sequence[Result], optimal: float) -> dict[str, Any]:
         returns.append(row)
         if method != "cpl" and ("cpl", label) in by_run:
             apart = np.array([point["return"] for point in by_run["cpl", label]]) - values
-            half = STUDENT.get(len(apart), 1.96) * (_error(apart) or 0.0)
-            mean = float(apart.mean())
+            error, mean = _error(apart), float(apart.mean())
+            low, high = (None, None) if error is None else (mean - (half := student(len(apart)) * error), mean + half)
             ahead.append(
                 {
                     "of": method,
                     "preferences": kinds[label],
                     "return": mean,
-                    "return_low": mean - half,
-                    "return_high": mean + half,
+                    "return_low": low,
+                    "return_high": high,
                 }
             )
     return {"optimal": optimal, "returns": returns, "ahead": ahead}
@@ -91,4 +91,7 @@ def tables(summary: Mapping[str, Any]) -> list[Grid]:
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
-    return "-" if row is None else f"{row['return']:.2f} ({row['return_low']:.2f} to {row['return_high']:.2f})"
+    if row is None:
+        return "-"
+    low, high = row["return_low"], row["return_high"]
+    return f"{row['return']:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")

@@ -286,6 +286,7 @@ class Checkpoints:
         """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""
         source = self.directory / str(step)
         lost = [step] if source.exists() and any(source.iterdir()) else []
+        hosts.barrier("damaged")  # every host has looked before the first one moves it
         done = "left where it is"
         if not self._read_only:
             if hosts.is_first():

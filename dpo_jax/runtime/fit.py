@@ -103,7 +103,9 @@ def fit(
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
     """
     start = int(get_state(state.step))
-    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=not evaluate_first)
+    # A row of step 0 is of an attempt without a checkpoint. Its settings are unknown, and may have been others.
+    kept = start > 0 and not evaluate_first
+    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=kept)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(shapes)
 
     def judged(done: int) -> Verdict:

@@ -45,7 +45,7 @@ class StepLog:
     """Writes the rows of steps and evaluations to log and display. A context manager, for steps `start` to `stop`.
 
     `check(step, metrics)` sees each row first, and may raise. `unit` is the entry of a batch's `stats` that counts examples.
-    Without `evaluated`, the state at `start` will be evaluated again, which replaces such a row in the log.
+    Without `evaluated`, the log's evaluation of the state at `start` is dropped.
     """
 
     def __init__(

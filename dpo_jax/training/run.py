@@ -158,7 +158,7 @@ def train(
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
         if start == 0:
-            first = judge is not None and eval_at_start and total_steps > 0 and not _is_evaluated(log, 0)
+            first = judge is not None and eval_at_start and total_steps > 0
         else:
             first = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have prevented it
             if first and stopping is not None:

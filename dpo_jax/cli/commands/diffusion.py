@@ -2,7 +2,7 @@
 
 Writes to `<run.dir>/diffusion-<experiment>`: `results.csv` and `.jsonl` (every measured point), `summary.json` (the printed
 figures); for the digits also `digits.png` (samples before and after), `diffusion.png` (reward against KL), `pretrained/` (the
-reference), `refs/` (its errors) and `runs/`.
+reference), `reference_errors/` and `runs/`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def digits(config: Config, run_dir: RunDir) -> list[Grid]:
                 loss=loss,
                 beta=run.settings["beta"],
                 weighting=section.weighting,
-                refs=folder / "reference_errors" / f"seed{run.seed}",
+                refs=folder / "reference_errors" / f"draws{section.draws}-seed{run.seed}",
             )
         else:
             points, images = world.run("preferred-ft", here, seed=run.seed, lr=run.settings["lr"])

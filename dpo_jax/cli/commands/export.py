@@ -78,7 +78,7 @@ def run(config: Config) -> int:
     run_dir = RunDir(folder, lock=False)
     best = None if saved is None else _best_step(section, run_dir, *saved)
     with Checkpoints(directory, read_only=True) as checkpoints, reported("reading the checkpoint"):
-        found = _restored(checkpoints, abstract, best if config.export.step is None else config.export.step)
+        found = _restored(checkpoints, abstract, config.export.step, best=best)
     if found is None:
         raise ConfigError(f"export.checkpoint: {directory} holds no checkpoint; train first")
     (state, meta), step = found, int(found[0].step)
@@ -284,11 +284,15 @@ def _best_step(section: SftConfig | DpoConfig, run: RunDir, newest: int, meta: M
     return stopping.best
 
 
-def _restored(checkpoints: Checkpoints, abstract: TrainState, step: int | None) -> tuple[TrainState, Any] | None:
+def _restored(
+    checkpoints: Checkpoints, abstract: TrainState, step: int | None, *, best: int | None
+) -> tuple[TrainState, Any] | None:
+    """State and record of `step`, or else of the `best` step, or else of the newest."""
     try:
-        return checkpoints.restore_latest(abstract, only=step)
+        return checkpoints.restore_latest(abstract, only=best if step is None else step)
     except LookupError as error:
-        raise ConfigError(f"export.step: {error}") from error
+        name = "export.step" if step is not None else "the best step, by early stopping, is gone; name another, --export.step"
+        raise ConfigError(f"{name}: {error}") from error
 
 
 def _run_of(config: Config, directory: str) -> Path:

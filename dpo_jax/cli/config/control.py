@@ -81,6 +81,8 @@ class ControlConfig:
             yield "hidden", f"must be whole numbers above 0, separated by commas, or null, got {self.hidden!r}"
         if self.world == "lqr" and self.hidden is not None:
             yield "hidden", "must be null in the world lqr: costs are exact for affine policies alone"
+        if self.world == "pendulum" and self.episodes == 1:
+            yield "episodes", "must be at least 2: the interval of a return is over episodes"
         if self.segments < 2:
             yield "segments", "must be at least 2: they are compared"
         if self.world == "pendulum" and self.length > 200:

@@ -45,8 +45,9 @@ class TrainingConfig(OptimizerConfig):
     max_grad_norm: float | None = 10.0
     """Clip gradients to this global L2 norm; none: no clipping."""
     microbatches: int = 1
-    """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same. Losses of the
-    whole batch (kto, aot, aot_unpaired) then take one more forward pass."""
+    """Gradient accumulation: number of parts into which a batch is split to save memory. The result is the same, except for the
+    load-balancing loss of experts, which is then the mean of the parts. Losses of the whole batch (kto, aot, aot_unpaired) take
+    one more forward pass."""
     trainable: TextList | None = None
     """Train only these parameters: last_layer, last_layers:N, or name patterns (final_norm.*, *.bias), separated by commas;
     none: all of them."""

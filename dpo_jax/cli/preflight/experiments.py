@@ -38,7 +38,9 @@ def diffusion(check: Check) -> None:
     section = check.config.diffusion
     if section.experiment == "digits" and check.scope.elsewhere is None and importlib.util.find_spec("sklearn") is None:
         raise ConfigError(f"diffusion: the digits are those of scikit-learn: {install_command('lab')}")
-    check.tell("runs", f"experiment {section.experiment}, {section.seeds} seeds")
+    digits = section.experiment == "digits"
+    several = f"{section.seeds} seeds" if digits else f"{len(numbers(section.gaussian_draws))} numbers of draws, one seed"
+    check.tell("runs", f"experiment {section.experiment}, {several}")
 
 
 def scenes(check: Check) -> None:

@@ -140,7 +140,8 @@ def _checkpoints(check: Check) -> None:
         raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here; train first")
     if config.export.step is not None and config.export.step not in steps:
         raise ConfigError(f"export.step: {config.export.step} does not exist; there are {', '.join(map(str, steps))}")
-    check.tell("reads", f"{directory}, step {config.export.step or steps[-1]:,}")
+    chosen = f"{steps[-1]:,}, or the best one if training kept it" if config.export.step is None else f"{config.export.step:,}"
+    check.tell("reads", f"{directory}, step {chosen}")
 
 
 def _run_folders(check: Check) -> None:
