@@ -1,4 +1,4 @@
-"""The two sides of an MFU: necessary FLOPs of a DPO step, and the machine's matmul rate."""
+"""Numerator and denominator of MFU: necessary FLOPs of a DPO step, and the machine's matmul rate."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ import trl
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 
-from dpo_jax.bench.torch_loop import describe, load, make_optimizer, save
+from dpo_jax.bench.torch_loop import describe, gradient_norm, load, make_optimizer, save
 from dpo_jax.bench.work import Work, by_length, pairs_of_step, read_pairs
 
 
@@ -30,15 +30,19 @@ class Trainer(trl.DPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.losses: list[torch.Tensor] = []
-        self.norms: list[torch.Tensor] = []
+        self.norms: list[float] = []
+        self.paused: list[float] = []  # seconds of each step that our measurement took
         self.reference_seconds: float | None = None
         super().__init__(*args, **kwargs)
         clip = self.accelerator.clip_grad_norm_
 
         def clip_and_keep(*args: Any, **kwargs: Any) -> Any:
-            norm = clip(*args, **kwargs)  # before clipping
-            self.norms.append(norm)
-            return norm
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the backward pass is not ours
+            start = time.perf_counter()
+            self.norms.append(gradient_norm(self.model))
+            self.paused.append(time.perf_counter() - start)
+            return clip(*args, **kwargs)
 
         self.accelerator.clip_grad_norm_ = clip_and_keep
 
@@ -124,8 +128,10 @@ def run(work: Work, name: str, *, steps: int, trace: str | None, weights: Path |
         save(trainer.accelerator.unwrap_model(trainer.model), weights)
     return {
         "losses": losses,
-        "grad_norms": [norm.item() for norm in trainer.norms],
-        "step_seconds": [late - early for early, late in zip(clock.times, clock.times[1:], strict=False)],
+        "grad_norms": trainer.norms,
+        "step_seconds": [
+            late - early - paused for early, late, paused in zip(clock.times, clock.times[1:], trainer.paused, strict=False)
+        ],
         "first_step_at": clock.first_step_at,
         "first_logps": first,
         "reference_seconds": None if reference is None else [reference / steps] * steps,
