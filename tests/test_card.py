@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from dpo_jax.cli import data_sources
-from dpo_jax.cli.card import dpo_card, sft_card, with_digest
+from dpo_jax.cli.card import dpo_card, merged_card, sft_card, with_digest
 from dpo_jax.cli.commands.export import _card_of
-from dpo_jax.cli.config import Config, DataConfig, DpoConfig, MixConfig, ModelConfig, RunConfig
+from dpo_jax.cli.config import Config, DataConfig, DpoConfig, LoraConfig, MixConfig, ModelConfig, RunConfig
 from dpo_jax.models import origin
 from dpo_jax.models.origin import License, Origin, hub_id_of_folder, model_origin
 from dpo_jax.report.result_table import result_table
@@ -177,6 +177,19 @@ def test_a_clone_of_a_hub_repository_knows_its_id(tmp_path):
     assert hub_id_of_folder(model, "models") == "EleutherAI/pythia-2.8b"
     assert hub_id_of_folder(data, "models") is None
     assert hub_id_of_folder(model, "datasets") is None
+    space = folder_with(tmp_path / "s" / ".git", config=remote.format("spaces/me/app")).parent
+    assert hub_id_of_folder(space, "models") is None
+
+
+def test_a_card_in_a_clone_of_something_else_says_what_its_model_is(tmp_path):
+    remote = '[remote "origin"]\n\turl = https://huggingface.co/me/mine\n'
+    clone = folder_with(tmp_path / "clone" / ".git", config=remote).parent
+    (clone / "sft" / "export").mkdir(parents=True)
+    assert model_origin(str(clone / "sft" / "export")).hub_id == "me/mine"
+    (clone / "sft" / "export" / "README.md").write_text("---\nbase_model: org/base\n---\n")
+    assert model_origin(str(clone / "sft" / "export")).hub_id == "org/base"
+    (clone / "README.md").write_text("---\nbase_model: org/base\n---\n")
+    assert model_origin(str(clone)).hub_id == "me/mine"
 
 
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git")
@@ -225,6 +238,27 @@ def test_an_export_takes_the_card_of_the_run_only_for_the_weights_that_the_run_e
     assert [step for step, card in cards.items() if card == "the card of the run"] == [own]
     other = 24 - own
     assert f"Held out, after {other} steps:" in cards[other]
+
+
+def test_the_card_of_a_merged_adapter_is_that_of_a_whole_model(run):
+    config = dataclasses.replace(configured(run), lora=LoraConfig(rank=4))
+    adapter = dpo_card(config, run)
+    assert 'library_name: "peft"' in adapter
+    assert "AutoPeftModelForCausalLM" in adapter
+    merged = merged_card(adapter)
+    assert 'library_name: "transformers"' in merged
+    assert "peft" not in merged.lower()
+    assert "AutoModelForCausalLM.from_pretrained(path)" in merged
+    assert "LoRA of rank 4" in merged
+
+
+def test_options_that_did_not_apply_are_not_in_a_card(run):
+    config = configured(run)
+    card = dpo_card(dataclasses.replace(config, dpo=dataclasses.replace(config.dpo, steps=5, warmup_ratio=0.1)), run)
+    assert "| steps | 5 |" in card
+    assert "| warmup\\_ratio | 0.1 |" in card or "| warmup_ratio | 0.1 |" in card
+    assert "epochs" not in card
+    assert "warmup_steps" not in card.replace("\\", "")
 
 
 def test_a_step_of_an_online_run_has_the_card_of_one(run):

@@ -180,6 +180,10 @@ def test_an_export_replaces_only_what_an_export_has_written(tmp_path):
     for ours in ("---\nlicense: mit\ntags: [dpo_jax, dpo]\n---\n", "---\ntags:\n- other\n- dpo_jax\n---\nMine."):
         (folder / "README.md").write_text(ours)
         refuse_foreign(folder)
+    (folder / "env.json").write_text("{}")  # a run directory has such a card as well
+    with pytest.raises(ConfigError, match="was not written by dpo-jax export"):
+        refuse_foreign(folder)
+    (folder / "env.json").unlink()
     save_hf(folder, model, variables)
     assert (folder / "model_ema.safetensors").read_bytes() == b"mine"
 

@@ -155,6 +155,8 @@ def test_eval_sample_and_export_read_an_adapter_with_its_base(copy, tmp_path):
         for name in ("export", "export-merged")
     ]
     assert lines[0] == lines[1]
+    cards = {name: (tmp_path / "run/dpo" / name / "README.md").read_text() for name in ("export", "export-merged")}
+    assert {name: "peft" in card for name, card in cards.items()} == {"export": True, "export-merged": False}
 
 
 def test_an_adapter_is_trained_further(done, copy, tmp_path):

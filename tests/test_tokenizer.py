@@ -126,7 +126,10 @@ def test_saved_files_are_read_by_transformers_4_and_5(tokenizer, tmp_path):
     assert tokenizer_digest(loaded) == tokenizer_digest(tokenizer)
     assert {"<|im_start|>", "<|im_end|>", "<|endoftext|>"} <= set(loaded.all_special_tokens)
     assert loaded.chat_template == tokenizer.chat_template
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "chat_template.jinja").write_text("of another model")
     save_tokenizer(train_tokenizer(TEXTS[:1], vocab_size=300), tmp_path / "new")
+    assert load_tokenizer(tmp_path / "new").chat_template is None
     content = json.loads((tmp_path / "new" / "tokenizer_config.json").read_text())
     assert content["tokenizer_class"] == "PreTrainedTokenizerFast"
 

@@ -189,6 +189,12 @@ model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(path), AutoTokenizer
 `dpo-jax export --export.merge` writes the whole model."""
 
 
+def merged_card(card: str) -> str:
+    """The card of an adapter's run, for a folder into whose weights the adapter is merged."""
+    use = USE_IMAGES if '\npipeline_tag: "image-text-to-text"\n' in card else USE
+    return card.replace('\nlibrary_name: "peft"\n', '\nlibrary_name: "transformers"\n', 1).replace(USE_ADAPTER, use, 1)
+
+
 def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
     """A sentence on the trained parameters, unless all are trained in float32."""
     lora = config.lora
@@ -268,7 +274,8 @@ def _data_name(config: Config) -> str:
             f"{named}; {data.test_share:.1%} of the prompts of sources without a {data.test_split} split are held out, by hash"
         )
     made = "conversations of a question game" if data.source == "question_game" else "film reviews"
-    return f"generated {made} ({data.reviews_train:,} training pairs)"
+    pairs = data.reviews_train if data.max_train is None else min(data.reviews_train, data.max_train)
+    return f"generated {made} ({pairs:,} training pairs)"
 
 
 def _part_name(part: MixConfig, source: str) -> str:
@@ -307,7 +314,10 @@ def _loss_options(section: DpoConfig) -> list[str]:
 def _options(config: Config, section: SftConfig | DpoConfig) -> str:
     data = config.data
     others = [name for name in OTHERS if getattr(section, name) != getattr(type(section), name)]
-    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *TRAINING, *others]
+    unread = {"epochs"} if section.steps is not None else set()
+    unread |= {"warmup_steps"} if section.warmup_ratio is not None else set()
+    training = [name for name in TRAINING if name not in unread]
+    names = [*(_loss_options(section) if isinstance(section, DpoConfig) else ()), *training, *others]
     values = {name: getattr(section, name) for name in names}
     values |= {
         "max_length": data.max_length,

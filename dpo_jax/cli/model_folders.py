@@ -85,6 +85,7 @@ def refuse_foreign(folder: Path) -> None:
     card = folder / "README.md"
     try:
         ours = folder.is_dir() and _TAGGED.search(read_text(regular(card))) is not None
+        ours = ours and not (folder / "env.json").exists()  # a run directory, whose card has the tag too
     except (OSError, Unreadable):
         ours = False
     if not ours:

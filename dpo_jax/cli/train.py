@@ -190,6 +190,12 @@ def train(
         "architecture": fingerprint.architecture(part.base),
         "behind": plan.behind,
     }
+
+    def begin() -> None:
+        build.describe(run, config, *data.reports)
+        if hosts.is_first() and (plan.saved is None or plan.saved.step < plan.steps):
+            run.card.unlink(missing_ok=True)  # it describes the weights of fewer steps
+
     with identity.refusing_mismatch():
         return train_in(
             partitioner.compile_step(step),
@@ -222,7 +228,7 @@ def train(
             moving=moving,
             lr=lr,
             check=check,
-            begin=lambda: build.describe(run, config, *data.reports),
+            begin=begin,
             writers=functools.partial(metrics_writers, config, run, facts),
             progress=Progress(epochs=plan.epochs or plan.steps * section.batch / len(data.train)),
             unit=unit,

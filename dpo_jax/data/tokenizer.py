@@ -153,6 +153,13 @@ def _try(tokenizer: PreTrainedTokenizerFast) -> None:
         raise ValueError("the chat template is not a text")
 
 
+OF_TOKENIZERS = {
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+}
+"""Files from which transformers may build a tokenizer."""
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
     """Write the tokenizer's files, with special tokens and chat template, so that transformers 4 and 5 load them alike.
 
@@ -168,8 +175,11 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
             new = Path(beside)
             tokenizer.save_pretrained(new)
             _for_every_version(new / "tokenizer_config.json")
-            for file in sorted(new.iterdir()):
+            files = sorted(new.iterdir())
+            for file in files:
                 os.replace(file, folder / file.name)
+        for name in OF_TOKENIZERS - {file.name for file in files}:  # of a tokenizer that was written here before
+            (folder / name).unlink(missing_ok=True)
 
 
 def _for_every_version(file: Path) -> None:

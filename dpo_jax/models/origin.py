@@ -44,19 +44,23 @@ def model_origin(path: str | None) -> Origin:
     named = config.get("_name_or_path")
     named = named if isinstance(named, str) and is_hub_id(named) and not Path(named).exists() else None
     stated = header.get("base_model", "")
-    return Origin(hub_id_of_folder(folder, "models") or (stated if is_hub_id(stated) else None) or named, license_of(header))
+    own = hub_id_of_folder(folder, "models", clones=0)
+    found = own or (stated if is_hub_id(stated) else None) or hub_id_of_folder(folder, "models") or named
+    return Origin(found, license_of(header))
 
 
-def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"]) -> str | None:
-    """The Hub id of the cache snapshot or repository clone that `path` is or lies in."""
+def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"], *, clones: int = PARENTS) -> str | None:
+    """The Hub id of the cache snapshot that `path` is or lies in, or of the repository clone at most `clones` levels above."""
     folder = Path(path).expanduser().absolute()
-    for place in (folder, *list(folder.parents)[:PARENTS]):
+    for level, place in enumerate((folder, *list(folder.parents)[:PARENTS])):
         cached = re.fullmatch(rf"{kind}--([\w.-]+?)--([\w.-]+)", place.name)
         if cached:
             return "/".join(cached.groups())
+        if level > clones:
+            continue
         prefix = "datasets/" if kind == "datasets" else ""
         remote = re.search(rf"huggingface\.co/{prefix}([\w.-]+/[\w.-]+)", _read(place / ".git" / "config") or "")
-        if remote and (kind == "datasets" or not remote[1].startswith("datasets/")):
+        if remote and (kind == "datasets" or not remote[1].startswith(("datasets/", "spaces/"))):
             return remote[1].removesuffix(".git")
     return None
 

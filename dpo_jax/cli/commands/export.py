@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.card import dpo_card, online_card, sft_card, with_digest
+from dpo_jax.cli.card import dpo_card, merged_card, online_card, sft_card, with_digest
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, load_config
 from dpo_jax.cli.model_folders import refuse_foreign
 from dpo_jax.cli.train import early_stopping
@@ -92,6 +92,7 @@ def run(config: Config) -> int:
                 _merged(part, state, start, meta),
                 functools.partial(write_model, **options),
             )
+            card = merged_card(card)
         else:
             variables = _whole(part, state, start, meta)
             write = writer(part, write_model, **options, digests=meta["fingerprint"])
@@ -237,10 +238,12 @@ def _save(path: str | Path, model: Model, variables: Variables, *, dtype: str, s
         others = encoder_in_hf_form(*load_encoder(source))
     options |= {"source": source, "others": others, "fetch": hosts.whole, "write": hosts.is_first()}
     folder = save_hf(path, model, variables, dtype=DTYPES[dtype], **options)
-    if others and source is not None and hosts.is_first():
+    if hosts.is_first():
         for name in PROCESSOR_FILES:
-            if (file := model_folder(source) / name).is_file():
+            if others and source is not None and (file := model_folder(source) / name).is_file():
                 write_text(folder / name, read_text(file))
+            else:
+                (folder / name).unlink(missing_ok=True)  # of a model that was exported here before
     return folder
 
 
