@@ -343,11 +343,12 @@ def test_all_that_reads_prompts_gives_them_the_same_bos(config, tmp_path, monkey
 
     monkeypatch.setattr("dpo_jax.cli.commands.sample._draw", look)
     flags = ("--run.dir", tmp_path, "--sample.policy", GOLDEN / "gpt2" / "init", "--data.max-length", 40)
-    for bos, first in (("always", 0), ("auto", None)):
-        options = (*flags, "--data.bos", bos, "--data.max-prompt-length", 30)
+    for bos, first, truncation in (("always", 0, "keep_end"), ("auto", None, "keep_end"), ("always", 0, "keep_start")):
+        options = (*flags, "--data.bos", bos, "--data.max-prompt-length", 30, "--data.truncation", truncation)
         with pytest.raises(Seen) as seen:
             call("sample", config, *options)
-        changed = splits.with_data(load_config(config), bos=bos, max_length=40, max_prompt_length=30)
+        lengths = {"max_length": 40, "max_prompt_length": 30, "truncation": truncation}
+        changed = splits.with_data(load_config(config), bos=bos, **lengths)
         tokenizer = load_tokenizer(GOLDEN / "tokenizer")
         encoded = splits.encode_split(changed, splits.load_split(changed, "test", tokenizer), tokenizer)
         trained = [pair.prompt.tolist() for pair in encoded]

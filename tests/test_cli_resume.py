@@ -120,10 +120,17 @@ def test_held_out_pairs_may_change_and_it_is_said(copy):
 
 
 def test_other_held_out_pairs_judge_a_finished_run_anew(copy):
-    result = call("dpo", copy.config, "--data.max-test", 20)
-    assert (result.code, "note: the held-out pairs changed" in result.out) == (0, True)
-    steps = [row["step"] for row in read_metrics(copy / "dpo" / "metrics.jsonl") if is_evaluation(row)]
-    assert steps == [4, STEPS, STEPS]
+    metrics = copy / "dpo" / "metrics.jsonl"
+    before = read_metrics(metrics)
+    for again in (False, True):  # a second time also without the note that the run is finished
+        if again:
+            (copy / "dpo" / "finished.json").unlink()
+        result = call("dpo", copy.config, "--data.max-test", 20)
+        assert (result.code, "note: the held-out pairs changed" in result.out) == (0, True)
+        after = read_metrics(metrics)
+        assert [row["step"] for row in after if is_evaluation(row)] == [4, STEPS]
+        assert after[:-1] == before[:-1]
+        assert after[-1]["eval/loss"] != before[-1]["eval/loss"]
 
 
 def test_a_run_does_not_become_shorter_than_it_is(done):

@@ -82,10 +82,11 @@ def test_without_the_option_they_are_refused_with_it_as_the_remedy(chatty, tmp_p
     assert "--data.rendered" not in str(caught.value)
 
 
-def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_path):
-    """As `encode` gives the messages; and the file of `label` is read with `data.rendered`."""
+@pytest.mark.parametrize("finished", [True, False])
+def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_path, finished):
+    """As `encode` gives the messages; the file of `label` is read with `data.rendered`. A sample that was cut has no end."""
     asked = chatty.apply_chat_template(TURNS[0], tokenize=False, add_generation_prompt=True)
-    drawn = types.SimpleNamespace(texts=["By train.", "By bus."])
+    drawn = types.SimpleNamespace(texts=["By train.", "By bus."], finished=np.array([True, finished]))
     scored = types.SimpleNamespace(completions=drawn, rewards=np.array([1.0, 0.0]))
     world = types.SimpleNamespace(sample=lambda *_: scored, reference=None, tokenizer=chatty)
     prompts = Prompts(ids=[np.zeros(1, np.int32)], texts=[asked])
@@ -96,5 +97,7 @@ def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_p
     wanted = encoded(tmp_path / "messages", [as_messages(TURNS[0], ANSWER)], chatty)[0]
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for found in (encode_samples(config, preferences, chatty)[0], encoded(tmp_path / "again", rows, chatty, rendered=True)[0]):
-        for part in ("prompt", "chosen", "rejected"):
+        for part in ("prompt", "chosen", "rejected") if finished else ("prompt", "chosen"):
             np.testing.assert_array_equal(getattr(found, part), getattr(wanted, part))
+        if not finished:
+            assert found.rejected.tolist() == chatty("By bus.", add_special_tokens=False)["input_ids"]

@@ -15,7 +15,7 @@ from test_chat_runs import TEMPLATE
 from test_layout import expected, read_out
 from test_step import toy_model
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, encode
 from dpo_jax.data.layout import Layout, ranking_rows
 from dpo_jax.data.loader import make_batch, plan_layout
 from dpo_jax.data.pairs import DataError, DataReport, Preference, PreferenceSet
@@ -80,6 +80,22 @@ def test_a_pair_is_two_single_completions(tmp_path):
     ]
     assert (read.report.read, read.report.kept) == (2, 2)
     read.report.check()
+
+
+@pytest.mark.parametrize("cut", [["chosen"], ["rejected"]])
+def test_a_single_completion_that_was_cut_has_no_end_on_either_side(tmp_path, cut, tokenizer):
+    pair = {"prompt": "Name a fruit.", "chosen": " An apple.", "rejected": " A brick.", "unended": cut}
+    for one in load(tmp_path, pair, rows="unpaired"):
+        ids = encode(one, tokenizer, max_length=64, max_prompt_length=32)
+        ended = one.uid.rpartition("#")[2] not in cut
+        assert [side[-1] == tokenizer.eos_token_id for side in (ids.chosen, ids.rejected)] == [ended] * 2
+
+
+@pytest.mark.parametrize("wrong", ["chosen", ["best"], 1])
+def test_which_side_was_cut_must_be_said_plainly(tmp_path, wrong):
+    pair = {"prompt": "Name a fruit.", "chosen": " An apple.", "rejected": " A brick.", "unended": wrong}
+    with pytest.raises(DataError, match='unended.*a list of "chosen" and "rejected" is needed'):
+        load(tmp_path, pair)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ TRAIN = [
     Preference("<s>Q", "A\u2028\0", "B\r\n", "b:1", sft_target="C", chat=True),
     *[Preference(f"Row {i}", " yes", " no", f"c:{i}") for i in range(500)],
 ]
-TEST = [Preference("p", " c", " r", "t:1")]
+TEST = [Preference("p", " c", " r", "t:1"), Preference("q", " c", " r", "t:2", unended=("chosen", "rejected"))]
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_records_that_are_not_those_written_are_noticed(folder):
 
 def test_the_digest_is_checked_also_where_rows_are_dropped(tmp_path):
     """A folder of an older version, say, which did not refuse a blank completion."""
-    rows = [*TEST, dataclasses.replace(TEST[0], chosen=" ", uid="t:2"), *TRAIN[:2]]
+    rows = [TEST[0], dataclasses.replace(TEST[0], chosen=" ", uid="t:2"), *TRAIN[:2]]
     PreferenceBuilder(preferences={"train": rows}, name="old", data_dir=tmp_path).download_and_prepare()
     loaded = read_tfds(tmp_path, "train", on_bad="drop")
     assert list(loaded) == [rows[0], *rows[2:]]

@@ -15,7 +15,7 @@ import jax
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.trained import trained
-from dpo_jax.data.encode import Bos, cut_prompt, token_ids, with_bos
+from dpo_jax.data.encode import Bos, Truncation, cut_prompt, token_ids, with_bos
 from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.pairs import DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
@@ -106,11 +106,11 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Seque
         if not every:
             raise ConfigError(f"data.path: the {split} split holds plain texts, which have no prompts")
         prompts = dict(itertools.islice(every.items(), count))
-    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos)
+    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos, truncation=config.data.truncation)
 
 
-def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos) -> Prompts:
-    """Prompts from texts (with whether a chat template wrote each), truncated to BOS and the last tokens, `limit` in all.
+def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos, truncation: Truncation) -> Prompts:
+    """Prompts from texts (with whether a chat template wrote each), truncated to `limit` tokens.
 
     The text of a truncated prompt is truncated as well.
     """
@@ -118,13 +118,14 @@ def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos
     for text, chat in prompts.items():
         own = token_ids(text, tokenizer)
         whole = with_bos(own, tokenizer, bos=bos, chat=chat)
-        kept = cut_prompt(whole, limit, tokenizer)
+        kept = cut_prompt(whole, limit, tokenizer, truncation=truncation)
         short = len(kept) < len(whole)
         cut += short
         ids.append(kept)
         texts.append(tokenizer.decode(kept[len(whole) - len(own) :]) if short else text)
     if cut:
-        print(f"{cut:,} of {len(texts):,} prompts are cut to their last {limit} tokens (data.max_prompt_length)", flush=True)
+        end = "first" if truncation == "keep_start" else "last"
+        print(f"{cut:,} of {len(texts):,} prompts are cut to their {end} {limit} tokens (data.max_prompt_length)", flush=True)
     return Prompts(texts, ids)
 
 
@@ -189,12 +190,14 @@ def labelled_samples(
     finished = drawn.completions.finished.reshape(-1, k).tolist()
     labelled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos, finished=finished)
     preferences = _with_turn_ends(labelled, world.tokenizer)
+    cut = sum(len(one.unended) for one in labelled)
     if is_first():
         _write(preferences, file)
     print(
         f"{counts.labelled:,} of {counts.pairs:,} pairs labelled ({counts.against:,} against the reward); "
         f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty"
-        + (f", {counts.eos:,} that spell {eos}" if counts.eos else ""),
+        + (f", {counts.eos:,} that spell {eos}" if counts.eos else "")
+        + (f"; {cut:,} of {2 * len(labelled):,} completions were cut off and get no end" if cut else ""),
         flush=True,
     )
     return preferences, counts

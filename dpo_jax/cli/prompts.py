@@ -1,4 +1,4 @@
-"""Prompts: those of the held-out data, with reference completions, and those of a file."""
+"""Reads prompts: from the held-out data, with reference completions, or from a file."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ WORDS: Mapping[str, str] = {
     "precompute_ref_batch_size": "refs.batch",
     "gradient_accumulation_steps": "*.microbatches: into how many parts a batch is split; *.batch = TRL's per-device batch x "
     "accumulation x devices",
-    "auto_find_batch_size": "*.microbatches splits a batch; too little memory is told with options that need less, and "
+    "auto_find_batch_size": "*.microbatches splits a batch; an out-of-memory error lists options that need less, and "
     "dpo-jax plan CONFIG computes the memory of a step",
     **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "*.epochs"),
     "max_steps": "*.steps",

@@ -1,4 +1,4 @@
-"""Candidates of rows: the preference that a row states, or the reason why it states none."""
+"""Converts each row to the preference that it states, or to a `BadRow` that says why it has none."""
 
 from __future__ import annotations
 

@@ -135,6 +135,7 @@ def split_pairs(pairs: PreferenceSet) -> PreferenceSet:
                 rejected_spans=spans,
                 sft_target=pair.sft_target if desirable else None,
                 desirable=desirable,
+                unended=("chosen", "rejected") if name in pair.unended else (),
             )
             for pair in pairs
             for name, completion, spans, desirable in (

@@ -45,6 +45,7 @@ _OPTIONAL = (
     "subset",
     "prompt_digest",
     *_SPANS,
+    "unended",
 )  # written if some row has one: most sets have none, older folders lack them
 
 
@@ -239,6 +240,7 @@ def _record(row: Preference) -> dict[str, Any]:
     # tfds has no missing texts: a missing `sft_target` is written as `chosen` and read back as None.
     record = dataclasses.asdict(row) | {"sft_target": row.chosen if row.sft_target is None else row.sft_target}
     record |= {field: json.dumps(record[field]) for field in _SPANS if record[field] is not None}
+    record["unended"] = " ".join(row.unended) or None
     kept = {*_FIELDS, *(field for field in _OPTIONAL if record[field] is not None)}  # pairs have no `between` or `desirable`
     return {field: value for field, value in record.items() if field in kept}
 
@@ -251,6 +253,9 @@ def _decode(record: Mapping[str, Any]) -> Preference:
         texts[field] = texts.get(field) or None
     for field in _SPANS:
         texts[field] = None if texts[field] is None else _spans(texts[field], field)
+    texts["unended"] = tuple((texts["unended"] or "").split())
+    if not {*texts["unended"]} <= {"chosen", "rejected"}:
+        raise BadRow(Cause.WRONG_TYPE, "the sides chosen and rejected are expected", field="unended")
     if not isinstance(record["chat"], bool | np.bool_):
         raise BadRow(Cause.WRONG_TYPE, "true or false is needed", field="chat")
     return Preference(**texts, chat=bool(record["chat"]))

@@ -157,6 +157,8 @@ def train(
             state = _at_its_reference(state, start, moving, store, partitioner)
         judge = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
+        # Changed held-out data need another evaluation of a finished run, in place of the one in the log.
+        again = judge is not None and stopping is None and _is_other_data(saved, meta["data"], total_steps)
         if start == 0:
             first = judge is not None and eval_at_start and total_steps > 0
         else:
@@ -165,6 +167,7 @@ def train(
                 first = stopping.last < start
             elif first:
                 first = start < total_steps and not _is_evaluated(log, start)
+            first = first or (again and start == total_steps)
         state = fit(
             step,
             state,
@@ -192,7 +195,7 @@ def train(
         if stopping is not None:
             state = _best(state, store, partitioner, stopping, say)
         elif judge is not None:
-            _evaluate_last(judge, state, total_steps, log=log, again=_is_other_data(saved, meta["data"], total_steps))
+            _evaluate_last(judge, state, total_steps, log=log)
     return state
 
 
@@ -259,12 +262,9 @@ def _is_evaluated(log: MetricsLog | None, done: int) -> bool:
     return hosts.anywhere(found)
 
 
-def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None, again: bool) -> None:
-    """Evaluates the final state if the log has no such row yet, or if `again`.
-
-    A signal during the last step saves the state without evaluation, and changed held-out data need a new evaluation.
-    """
-    if _is_evaluated(log, done) and not again:
+def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None) -> None:
+    """Evaluates the final state if the log has no such row yet: a signal during the last step saves it without."""
+    if _is_evaluated(log, done):
         return
     with reported("evaluating", brief=True):
         metrics = evaluate(state, done)

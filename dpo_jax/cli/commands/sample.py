@@ -18,7 +18,7 @@ from dpo_jax.cli.images import say_once, vision_of
 from dpo_jax.cli.model_folders import refuse_other_lines
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
 from dpo_jax.data.display import shown_prompt
-from dpo_jax.data.encode import PromptImages, cut_prompt, token_ids, with_bos
+from dpo_jax.data.encode import PromptImages, Truncation, cut_prompt, token_ids, with_bos
 from dpo_jax.data.terminal import json_text, printable, raw
 from dpo_jax.evals.completions import Completer
 from dpo_jax.evals.reward_functions import Reward, exact_reviews
@@ -47,12 +47,15 @@ def run(config: Config) -> int:
     whole = [
         with_bos(token_ids(text, tokenizer), tokenizer, bos=bos, chat=one.chat) for text, one in zip(read, given, strict=True)
     ]
-    prompts = [within(ids, config.data.max_prompt_length, tokenizer, cue=cue_ids) for ids in whole]
+    limits = {"cue": cue_ids, "truncation": config.data.truncation}
+    prompts = [within(ids, config.data.max_prompt_length, tokenizer, **limits) for ids in whole]
     shown = [shown_text(*of_prompt, tokenizer) for of_prompt in zip(texts, prompts, whole, strict=True)]
     images = [None] * len(given) if vision is None else vision.shown(config, prompts, given, tokenizer)
     sampling = {name: getattr(section, name) for name in ("max_new_tokens", "top_k", "top_p")}
     temperatures = [float(part) for part in section.temperatures.split(",")] if section.temperatures else [section.temperature]
     best_of = sorted(int(part) for part in section.best_of.split(",")) if section.best_of else []
+    if best_of and vision is not None:
+        raise ConfigError("sample.best_of: the reward reads texts only, but these prompts show images")
     most, reward = max(best_of, default=1), reward_of(config) if best_of else None
     stop_ids = build.stop_ids(tokenizer, path)
     lines, unfinished = [], 0
@@ -66,7 +69,7 @@ def run(config: Config) -> int:
     if not is_first():
         return 0
     if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
-        kept = "first" if cue else "last"
+        kept = "first" if cue or config.data.truncation == "keep_start" else "last"
         limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
         print(f"{cut:,} of {len(texts):,} prompts are too long, and the policy was shown only {limit}", file=sys.stderr)
     if unfinished:
@@ -112,12 +115,12 @@ def shown_text(text: str, ids: np.ndarray, whole: np.ndarray, tokenizer: Any) ->
     return tokenizer.decode(ids[int(ids[:1].tolist() == [tokenizer.bos_token_id]) :])
 
 
-def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray) -> np.ndarray:
-    """At most `limit` tokens of a prompt: BOS, if it has one, and the last ones. An article, which has a `cue`, is truncated at
-    its end instead: news articles put the essentials first, and without the cue no policy would summarise.
+def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray, truncation: Truncation) -> np.ndarray:
+    """At most `limit` tokens of a prompt, cut as for training. An article, which has a `cue`, is always truncated at its end:
+    news articles put the essentials first, and without the cue no policy would summarise.
     """
     if len(ids) <= limit or not len(cue):
-        return cut_prompt(ids, limit, tokenizer)
+        return cut_prompt(ids, limit, tokenizer, truncation=truncation)
     return np.concatenate([ids[: max(0, limit - len(cue))], cue])[-limit:]
 
 
@@ -155,7 +158,7 @@ def reward_of(config: Config) -> Reward:
     if section.reward_model:
         return learned_reward(config, section.reward_model, name="sample.reward_model", batch=64)
     if config.data.source != "reviews":
-        raise ConfigError("sample.reward_model: best_of needs a reward, and only that of the generated reviews is known")
+        raise ConfigError("sample.reward_model: best_of needs a reward model, unless data.source is reviews")
     return exact_reviews
 
 

@@ -23,7 +23,7 @@ class ControlConfig:
     methods: TextList = ",".join(METHODS)
     """Methods to run, separated by commas: sft, cpl, p-iql, percent-bc."""
     preferences: TextList = ",".join(PREFERENCES)
-    """Preferences by regret, by the return of a segment, or by each in turn, separated by a comma."""
+    """Score behind the preferences: regret, return (of the segment), or both, separated by a comma."""
     temperature: float = 1.0
     """A segment is preferred with probability sigmoid(difference of scores / temperature); 0: the better one always is."""
     segments: int = 8000

@@ -63,9 +63,9 @@ class JudgeConfig:
     max_cost: float | None = None
     """Stop before exceeding this cost, computed from the two prices; none: no cap."""
     price_in: float = 0.0
-    """Price per million tokens that the judge reads, in any currency."""
+    """Price per million input tokens, in any currency."""
     price_out: float = 0.0
-    """Price per million tokens that it writes."""
+    """Price per million output tokens."""
     out: str | None = None
     """Folder to write; none: judge/ in the run directory. `report` shows every folder named judge-..."""
 

@@ -32,7 +32,7 @@ class OnlineConfig:
     number of steps per round (online.steps) stays the same, so each pair is read in several rounds, and less often in each."""
     reward_scale: float = 1.0
     """Scale of the rewards behind bradley_terry and soft labels: reward times this is the logit. If rewards lie many logits
-    apart, all labels are 0 or 1 and do not say how far. The optimum is that of the rewards at beta dpo.beta / reward_scale."""
+    apart, all labels are 0 or 1. The optimum is the same as with unscaled rewards and beta dpo.beta / reward_scale."""
     beta_last: float | None = None
     """beta of the last round. beta changes geometrically from dpo.beta in the first round, so that one run passes through
     policies at many KLs; none: dpo.beta throughout."""

@@ -82,7 +82,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Device mesh of run.devices mesh, over all devices of all hosts. The product of its sizes is their number; -1 takes
+    """Device mesh of run.devices mesh, over all devices of all hosts. Its sizes multiply to the number of devices; -1 takes
     the rest."""
 
     data: int = 1
