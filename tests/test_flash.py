@@ -143,7 +143,7 @@ def test_log_sum_exp_is_that_of_the_visible_scores():
     _, log_mass = jax.jit(functools.partial(flash_kernels.forward, settings=settings))(q, k, k, spans)
     scores = np.where(seen(rows, None), 0.5 * np.einsum("rqnh,rknh->rqk", q, k)[:, :200, :200], -np.inf)
     expected = np.log2(np.exp(scores.astype(np.float64)).sum(axis=2))
-    np.testing.assert_allclose(np.asarray(log_mass)[:, 0, :200], expected, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(log_mass)[:, 0, :200], expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("tiles", [Tiles(128, 64), Tiles(128, 32), Tiles(32, 16)])
