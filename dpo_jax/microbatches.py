@@ -1,4 +1,4 @@
-"""Microbatches: a batch in equal parts of its rows, and the order of its examples back."""
+"""Microbatches: splits a batch into equal parts by rows, and restores the order of its examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses that look across the examples of a batch, where the batch is in parts: microbatches, or devices under pmap.
+"""Losses that depend on the whole batch (KTO, AOT), with the batch split into microbatches or over pmap devices.
 
 The gradient of such a loss is the sum over examples of dL/d(log-probability) times the gradient of that log-probability. A
 first pass, forward only, computes the log-probabilities of all parts. They give the loss of the whole batch, and its slopes

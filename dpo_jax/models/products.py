@@ -1,4 +1,4 @@
-"""Matrix products that have the precision of their type, at full accelerator speed for it, forward and backward."""
+"""Matrix products at the precision of their dtype and at full accelerator speed, forward and backward."""
 
 from __future__ import annotations
 

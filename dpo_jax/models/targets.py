@@ -1,4 +1,4 @@
-"""The parameters that a text names: kernels that get an adapter (`lora.targets`), and those that are trained (`trainable`).
+"""Parses parameter selections: kernels that get an adapter (`lora.targets`), and parameters to train (`trainable`).
 
 Needs no JAX, so that `--check` refuses what training refuses.
 """

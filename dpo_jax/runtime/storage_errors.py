@@ -1,4 +1,4 @@
-"""Errors that say a file could not be read just now, told apart from those of a damaged file."""
+"""Distinguishes storage errors (a file cannot be read just now) from errors of a damaged file."""
 
 from __future__ import annotations
 

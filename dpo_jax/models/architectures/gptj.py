@@ -1,4 +1,4 @@
-"""GPT-J (2021): rotary positions in pairs of neighbours; attention and MLP side by side, on the same normed input."""
+"""GPT-J (2021): interleaved rotary positions; parallel attention and MLP, on the same normed input."""
 
 from __future__ import annotations
 
