@@ -26,18 +26,38 @@ ARRAY = json.dumps([ROWS["trl"]] * 2, indent=1).encode()
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("train.json", BOM + ARRAY, "bad_layout: one JSON array"),
-        ("train.json.gz", gzip.compress(BOM + ARRAY), "bad_layout: one JSON array"),
         ("train.json.gz", gzip.compress(json.dumps(ROWS["trl"], indent=1).encode()), "bad_layout: a JSON object over several"),
         ("train.json.gz", gzip.compress(ARRAY)[:12], "bad_gzip"),
         ("train.jsonl", lines(ROWS["trl"]).decode().encode("utf-16"), "invalid_utf8: UTF-16; save it as UTF-8"),
     ],
-    ids=["array", "array in gzip", "object over lines", "cut gzip", "UTF-16"],
+    ids=["object over lines", "cut gzip", "UTF-16"],
 )
 def test_a_file_of_another_layout_says_which(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=rf"^{name}[^\n]*: {words}"):
         load_preferences(tmp_path, "train", on_bad="drop")
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.json.gz"])
+def test_a_json_array_is_read_as_its_elements(name, tmp_path):
+    """As `datasets` reads it. What is wrong with an element is said as of a line."""
+    rows = [ROWS["trl"], {**ROWS["trl"], "chosen": float("nan")}, 7, {**ROWS["trl"], "prompt": "Another ] , [ one."}]
+    folder, lines_in = tmp_path / "array", tmp_path / "lines"
+    folder.mkdir()
+    for indent in (None, 1):
+        content = BOM + json.dumps(rows, indent=indent).encode()
+        (folder / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        found = load_preferences(folder, "train", on_bad="drop")
+        lines_in.mkdir(exist_ok=True)
+        (lines_in / "train.jsonl").write_bytes(lines(rows[0], rows[3]))
+        texts = [
+            [(one.prompt, one.chosen, one.rejected) for one in each] for each in (found, load_preferences(lines_in, "train"))
+        ]
+        assert texts[0] == texts[1]
+        assert [one.uid for one in found] == [f"{name}:1", f"{name}:4"]
+        report = found.report
+        assert (report.read, report.kept, report.dropped) == (4, 2, {"nan": 1, "wrong_type": 1})
+        assert f"{name}: one JSON array; places count its elements" in report.notes
 
 
 def test_windows_line_ends_and_a_byte_order_mark_are_no_part_of_a_text(tmp_path):

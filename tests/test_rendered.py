@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from chat_templates import CHATML, LLAMA, chat_tokenizer
 
-from dpo_jax.cli import splits
-from dpo_jax.cli.config import Config, load_config
+from dpo_jax.cli import build, splits
+from dpo_jax.cli.config import Config, ConfigError, TokenizerConfig, load_config
 from dpo_jax.cli.config.lab import FrontierConfig
 from dpo_jax.cli.experiment import encode_samples, labelled_samples
 from dpo_jax.data.pairs import Cause, DataError
+from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.lab.world import Prompts
 
 TURNS = [
@@ -101,3 +102,14 @@ def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_p
             np.testing.assert_array_equal(getattr(found, part), getattr(wanted, part))
         if not finished:
             assert found.rejected.tolist() == chatty("By bus.", add_special_tokens=False)["input_ids"]
+
+
+def test_a_chat_template_may_come_from_a_file(tmp_path, chatty):
+    save_tokenizer(chatty, tmp_path / "model")
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }}")
+    mine = TokenizerConfig(chat_template=str(tmp_path / "mine.jinja"))
+    for section, template in ((mine, "{{ messages[0].content }}"), (TokenizerConfig(), chatty.chat_template)):
+        found = build.tokenizer_of(Config(tokenizer=section), model_path=str(tmp_path / "model"))
+        assert found.chat_template == template
+    with pytest.raises(ConfigError, match="tokenizer.chat_template: nowhere.jinja: no such file"):
+        build.tokenizer_of(Config(tokenizer=TokenizerConfig(chat_template="nowhere.jinja")), model_path=str(tmp_path / "model"))

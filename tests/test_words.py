@@ -166,3 +166,14 @@ def test_no_value_of_ours_is_taken_for_a_foreign_one():
         assert not set(ours) & set(values)
     for loss in ("sigmoid", "dpo + 0.1*sft", "0.8*sigmoid + sft"):
         assert words.instead_of_value("dpo.loss", loss, every_option()) is None
+
+
+@pytest.mark.parametrize(("command", "here"), [("kto", "--dpo.loss kto"), ("reward", "reward-model"), ("grpo", "not offered")])
+def test_commands_of_trl_are_answered(command, here, capsys):
+    assert program.main([command, "my.yaml"]) == 2
+    assert here in capsys.readouterr().err
+
+
+def test_options_that_no_section_of_a_command_has_are_said_to_be_unread():
+    assert words.instead("--loss_type", {"sft.lr"}) == "dpo.loss, which this command does not read"
+    assert words.instead("--num_train_epochs", {"frontier.reward_model_epochs"}) == "frontier.reward_model_epochs"

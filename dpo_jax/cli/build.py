@@ -46,7 +46,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.training.run import free as free
 from dpo_jax.types import Model, Partitioner, Variables
-from dpo_jax.untrusted import Unreadable, read_object
+from dpo_jax.untrusted import Unreadable, read_object, read_text
 from dpo_jax.writing import write_text
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -119,7 +119,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
         if path is not None:
             with naming_option(option, path), reported("loading the tokenizer"):
                 folder = tokenizer_folder(existing(config, path, option))
-                return _with_bos_token(config, at_date(load_tokenizer(folder), date_of(config)))
+                return _with_bos_token(config, at_date(with_template(config, load_tokenizer(folder)), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -132,7 +132,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
         if _record(record) != made_from:
             save_tokenizer(train_tokenizer(texts, vocab_size=config.tokenizer.vocab_size), kept)
             write_json(record, made_from)  # written last: a folder without it is made again
-        return _with_bos_token(config, load_tokenizer(kept))
+        return _with_bos_token(config, with_template(config, load_tokenizer(kept)))
 
 
 def _record(file: Path) -> dict[str, Any] | None:
@@ -141,6 +141,16 @@ def _record(file: Path) -> dict[str, Any] | None:
         return read_object(file)
     except (OSError, Unreadable):
         return None
+
+
+def with_template(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """The tokenizer, with the chat template of `tokenizer.chat_template` if there is one."""
+    if (file := config.tokenizer.chat_template) is not None:
+        try:
+            tokenizer.chat_template = read_text(file)
+        except FileNotFoundError as error:
+            raise ConfigError(f"tokenizer.chat_template: {file}: no such file") from error
+    return tokenizer
 
 
 def _with_bos_token(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

@@ -111,7 +111,7 @@ COMMANDS = {
     "sample": Command("complete prompts with a policy", (*_RUN, "sample"), ("data",)),
     "judge": Command(
         "win rates of completions by a judge behind an OpenAI-compatible endpoint (needs the `judge` extra)",
-        ("run.dir", "run.seed", "data", "tokenizer.path", "judge"),
+        ("run.dir", "run.seed", "data", "tokenizer.path", "tokenizer.chat_template", "judge"),
         ("judge", "data"),
     ),
     "plan": Command(

@@ -40,6 +40,7 @@ from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.fixed import fix
 from dpo_jax.cli.flags import parse
 from dpo_jax.cli.preflight import scope as check_scope
+from dpo_jax.cli.word_table import OF_TRL
 from dpo_jax.data.terminal import printable_output
 from dpo_jax.runtime.progress import BOARD, reported
 from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_program
@@ -97,6 +98,8 @@ def _run(args: list[str]) -> int:
         return getattr(importlib.import_module(module), function)(rest, prog=f"dpo-jax {name}")
     if name not in COMMANDS:
         known = [*WITHOUT_CONFIG, *COMMANDS]
+        if name in OF_TRL:
+            raise ConfigError(f"{name}: a command of TRL; here: {OF_TRL[name]}")
         raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
     rest, scope = check_scope.scope_of(rest)
     config = parse(name, rest)

@@ -37,6 +37,13 @@ _SCHEDULE = "*.schedule; TRL's linear with warm-up is wsd, with *.decay_ratio 1 
 
 # Other programs' names -> our options, separated by commas, or a sentence. "*.lr" is lr of section sft and of section dpo.
 # Answers for a command name only options it reads.
+OF_TRL: Mapping[str, str] = {
+    "kto": "dpo-jax dpo CONFIG --dpo.loss kto",
+    "reward": "dpo-jax reward-model CONFIG",
+    "rloo": "not offered; dpo-jax ppo and dpo-jax online sample from the policy as well",
+    "grpo": "not offered; dpo-jax ppo and dpo-jax online sample from the policy as well",
+}
+"""Commands of TRL that have another name here."""
 WORDS: Mapping[str, str] = {
     "learning_rate": "*.lr, frontier.ppo_lr",
     **dict.fromkeys(("lr_scheduler_type", "lr_scheduler"), _SCHEDULE),
@@ -61,7 +68,7 @@ WORDS: Mapping[str, str] = {
     "accumulation x devices",
     "auto_find_batch_size": "*.microbatches splits a batch; an out-of-memory error lists options that need less, and "
     "dpo-jax plan CONFIG computes the memory of a step",
-    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "*.epochs"),
+    **dict.fromkeys(("num_train_epochs", "num_epochs", "n_epochs"), "*.epochs, frontier.reward_model_epochs"),
     "max_steps": "*.steps",
     "n_examples": _STEPS,
     **dict.fromkeys(("bf16", "bf16_full_eval"), "run.precision bfloat16"),
@@ -111,7 +118,8 @@ WORDS: Mapping[str, str] = {
     ),
     "dataset_config": "data.config",
     "dataset_revision": "data.revision",
-    **dict.fromkeys(("dataset_mixture", "fraction"), "data.mix"),
+    "dataset_mixture": "data.mix",
+    "fraction": "weight of an entry of data.mix: 0.5 takes half of its rows, where TRL's shares add up to the mixture",
     "test_split_size": "data.test_share",
     "dataset_train_split": "data.train_split",
     "dataset_test_split": "data.test_split",
@@ -119,9 +127,11 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("max_completion_length", "max_seq_length"), _LENGTH),
     "truncation_mode": "data.truncation, which cuts prompts only; keep keep_end. (TRL's keep_start cuts the end of the "
     "completion.)",
+    **dict.fromkeys(("padding_free", "group_by_length"), "data.layout packed, which is the default"),
     **dict.fromkeys(
-        ("packing", "padding_free", "group_by_length", "packing_strategy", "eval_packing"),
-        "data.layout packed, which is the default",
+        ("packing", "packing_strategy", "eval_packing"),
+        "data.layout packed, which is the default. A batch counts examples, where TRL's counts packed rows, and a text beyond "
+        "data.max_length is cut, not continued in the next row",
     ),
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), _SCORED),
     **dict.fromkeys(("output_dir", "logging_dir", "local_run_dir"), "run.dir"),
@@ -205,7 +215,8 @@ WORDS: Mapping[str, str] = {
     "simpo_gamma": "dpo.gamma",
     "gamma_beta_ratio": "dpo.gamma, which is this ratio x dpo.beta",
     "use_weighting": "dpo.wpo",
-    **dict.fromkeys(("chat_template", "chat_template_path", "eos_token"), "the tokenizer's own; change it in its folder"),
+    "chat_template_path": "tokenizer.chat_template, a file",
+    "eos_token": "the tokenizer's own; change it in its folder",
 }
 
 _WARM_UP = "constant, with *.warmup_steps or *.warmup_ratio"

@@ -74,5 +74,7 @@ def _options_of(part: str) -> list[str]:
 
 def _chosen(every: list[str], options: Collection[str], section: str) -> str:
     known = set(options)
-    chosen = [option for option in every if option in known] or every
+    chosen = [option for option in every if option in known]
+    if not chosen:
+        return " or ".join(every) + ", which this command does not read"
     return " or ".join([option for option in chosen if option.startswith(f"{section}.")] or chosen)

@@ -1,4 +1,4 @@
-"""Readers of data files (JSON Lines and CSV, also gzipped, and parquet): each row with its place, `file:line`.
+"""Readers of data files (JSON Lines, JSON arrays and CSV, also gzipped, and parquet): each row with its place, `file:line`.
 
 A bad row is passed on as a `BadRow` and may be dropped. A bad file (truncated, not fetched, mislabelled) is always a
 `DataError`, because its missing rows cannot be counted.
@@ -21,7 +21,7 @@ from typing import Any
 from dpo_jax.data import csv_rows
 from dpo_jax.data.columns import Columns
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, Place, refuse
-from dpo_jax.untrusted import BadNumber, DuplicateKey, LongLine, TooDeep, kind_of, lines_of, parse_json
+from dpo_jax.untrusted import LIMITS, BadNumber, DuplicateKey, LongLine, TooDeep, kind_of, lines_of, parse_json
 from dpo_jax.writing import naming
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *csv_rows.SUFFIXES)
@@ -53,7 +53,7 @@ def read_rows(
     elif name.endswith(csv_rows.SUFFIXES):
         reader = csv_rows.csv_rows(name, _without_bom(name, _lines(name, path), report=report), report=report)
     else:
-        reader = _json_rows(name, path, report=report)
+        reader = (_array_rows if _is_array(name, path) else _json_rows)(name, path, report=report)
     for rows, row in enumerate(reader, 1):  # noqa: B007 (read after the loop)
         report.rows += 1
         yield row
@@ -81,13 +81,55 @@ def check_head(name: str, path: Path) -> None:
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         refuse(Cause.INVALID_UTF8, name, "UTF-16; save it as UTF-8")
     if name.endswith(".json.gz"):
-        with Place(name, Cause.BAD_GZIP, _BAD_GZIP).reading(), gzip.open(path) as file:
-            head = file.read(len(_LFS))
+        head = _beginning(name, path, len(_LFS))
     head = head.removeprefix(BOM).lstrip()
-    if name.endswith((".json", ".json.gz")) and head.startswith(b"["):
-        refuse(Cause.BAD_LAYOUT, name, "one JSON array; write one object per line (JSON Lines)")
     if name.endswith((".json", ".json.gz")) and re.match(rb"\{[ \t\r]*\n", head):
-        refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines)")
+        refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines), or an array")
+
+
+def _is_array(name: str, path: Path) -> bool:
+    """Whether a .json file is one JSON array."""
+    if not name.endswith((".json", ".json.gz")):
+        return False
+    return _beginning(name, path, 1024).removeprefix(BOM).lstrip().startswith(b"[")
+
+
+def _beginning(name: str, path: Path, most: int) -> bytes:
+    """The first bytes of a file, decompressed; at most so many."""
+    with Place(name, Cause.BAD_GZIP, _BAD_GZIP).reading(), (gzip.open if name.endswith(".gz") else open)(path, "rb") as file:
+        return file.read(most)
+
+
+def _array_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:
+    """The rows of a file that is one JSON array, read whole. Places count its elements from 1."""
+    content = _beginning(name, path, LIMITS.file_mb * 2**20 + 1)
+    LIMITS.check("file_mb", len(content), name, what="bytes, or more, in one JSON array")
+    try:
+        text = content.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        refuse(Cause.INVALID_UTF8, name, f"byte {error.start}: {error.reason}")
+    report.notes.append(f"{name}: one JSON array; places count its elements")
+    number, at = 0, _after_blanks(text, text.index("[") + 1)
+    while text[at : at + 1] != "]":
+        number += 1
+        where = f"{name}:{number}"
+        try:
+            _, end = json.JSONDecoder().raw_decode(text, at)  # for its end; `_parse` reads it as strictly as a line
+        except (ValueError, RecursionError) as error:
+            refuse(Cause.INVALID_JSON, where, f"the element that begins in line {text.count(chr(10), 0, at) + 1}: {error}")
+        yield where, _parse(text[at:end].encode())
+        comma = _after_blanks(text, end)
+        at = _after_blanks(text, comma + 1) if text[comma : comma + 1] == "," else comma
+        if (at == comma) != (text[at : at + 1] == "]"):
+            refuse(Cause.INVALID_JSON, where, "after this element a comma and another one, or the end of the array, is needed")
+    if text[at + 1 :].strip():
+        refuse(Cause.INVALID_JSON, name, "there is more after the end of the array")
+
+
+def _after_blanks(text: str, at: int) -> int:
+    while text[at : at + 1] in (" ", "\t", "\r", "\n"):
+        at += 1
+    return at
 
 
 def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:

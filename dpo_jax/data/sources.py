@@ -313,6 +313,8 @@ class _Reading:
         else:
             what, needs = f"format {format!r} reads none of", f"it needs {', '.join(FORMATS[format].needs)}; "
         option = suggestion(row, self.mapped) if format in ("auto", "trl") else None
+        if option is None and isinstance(row.get("conversations"), list) and format in ("auto", "sft_messages"):
+            option = "--data.columns messages=conversations"
         needs += f"read them with {option}; " if option else ""
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
         remedy += "" if option else "; if they have other names, map them: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"

@@ -140,7 +140,7 @@ def _baseline(config: Config) -> list[Completion]:
     section, path = config.judge, config.tokenizer.path
     if (file := section.baseline_file()) is not None:
         return read_completions(file)
-    tokenizer = load_tokenizer(path) if path else None
+    tokenizer = build.with_template(config, load_tokenizer(path)) if path else None
     return [Completion(*one[:2], None, one.where) for one in references(config, tokenizer, target=section.b == "sft_target")]
 
 

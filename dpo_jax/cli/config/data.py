@@ -189,6 +189,8 @@ class TokenizerConfig:
 
     path: str | None = None
     """Hugging Face folder or Hub id to load the tokenizer from."""
+    chat_template: str | None = None
+    """File with a chat template (Jinja) to use instead of the tokenizer's own; exports keep it."""
     vocab_size: int = 8_000
     """Vocabulary size of a byte-level BPE tokenizer that is trained."""
 

@@ -50,6 +50,8 @@ def template(start: Callable[[Config], str | None]) -> Callable[[Check], None]:
     def look(check: Check) -> None:
         if check.chat is None:
             return
+        if check.config.tokenizer.chat_template is not None:
+            return
         path = check.config.tokenizer.path or start(check.config)
         if path is None or _lacks_template(path):  # without a path, a tokenizer is trained, which has none
             raise check.chat
@@ -165,6 +167,9 @@ def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab
 
 
 def tokenizer(check: Check) -> None:
+    file = check.config.tokenizer.chat_template
+    if file is not None and not check.unseen("tokenizer", file) and not Path(file).is_file():
+        raise ConfigError(f"tokenizer.chat_template: {file}: no such file")
     path = check.config.tokenizer.path
     if path is not None and not check.unseen("tokenizer", path):
         from dpo_jax.models.folder import local_folder
