@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from fake_judge import Fail, Say, fake_judge
+from safetensors.numpy import load_file
 from test_judge import KEY, A, B
 from tiny_run import _compilation_cache, _plots_once, bytes_of, call, copy, done, refused  # noqa: F401  fixtures
 
@@ -159,6 +161,22 @@ def test_rounds_by_an_exact_reward(copy):  # noqa: F811
     more = call("online", copy.config, *flags[:-2], "--online.rounds", 3)
     assert (more.code, "the length of the run is now 6 steps; it was 4 steps" in more.out) == (0, True), more
     assert len((folder / "rounds.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_reference_of_a_round_is_the_policy_with_its_adapter(copy):  # noqa: F811
+    """Merged into a base of two bytes a number, most of an adapter would be rounded away."""
+    adapter = ("--lora.rank", 2, "--lora.base-dtype", "bfloat16", "--dpo.lr", 1e-3, "--online.refresh-reference-rounds", 1)
+    adapter += ("--run.devices", "pmap")
+    result = call("online", copy.config, *SMALL, *adapter)
+    assert result.code == 0, result
+    (kept,) = (path for path in (copy / "online" / "references").iterdir() if path.is_dir())
+    saved = load_file(kept / "adapter_model.safetensors")
+    assert any(np.abs(part).max() > 0 for name, part in saved.items() if "lora_B" in name)
+    rows = [json.loads(line) for line in (copy / "online" / "rounds.jsonl").read_text().splitlines()]
+    assert rows[1]["kl"] != 0  # to the first reference
+    before = bytes_of(copy / "online" / "export")
+    assert call("online", copy.config, *SMALL, *adapter).code == 0
+    assert bytes_of(copy / "online" / "export") == before
 
 
 def test_rounds_by_a_judge_that_stops_at_its_cap(copy, monkeypatch):  # noqa: F811

@@ -235,6 +235,9 @@ def test_a_round_is_files_that_others_can_read(parts, whole):
         for one in preferences:
             its = [score for (prompt, _), score in texts.items() if prompt == one.prompt]
             assert (texts[one.prompt, one.chosen], texts[one.prompt, one.rejected]) == (max(its), min(its))
+            for side in ("chosen", "rejected"):  # so that `dpo` on this file learns no end that was not drawn
+                ids = [sample["ids"] for sample in samples if sample["completion"] == getattr(one, side)]
+                assert {its[-1] in parts.world.stop_ids for its in ids} == {side not in one.unended}
         logps = [
             parts.world.logps(parts.world.reference, [np.int32(one["prompt_ids"])], [np.int32(one["ids"])])[0]
             for one in samples[:2]

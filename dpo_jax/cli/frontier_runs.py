@@ -104,6 +104,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     # Included only if it may cut samples.
     whole = config.data.max_prompt_length + config.frontier.max_new_tokens + 1 <= config.data.max_length
     limit = {} if whole else {"max_length": config.data.max_length}
+    limit |= {} if config.data.truncation == "keep_end" else {"truncation": config.data.truncation}
     return {
         "reference": digest,
         "architecture": architecture(world.model),

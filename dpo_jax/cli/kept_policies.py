@@ -14,6 +14,7 @@ from dpo_jax.cli.trained import Trained
 from dpo_jax.lab.world import World
 from dpo_jax.models.adapter import read_adapter, resumed
 from dpo_jax.models.digest import WeightsDigest
+from dpo_jax.models.folder import ADAPTER
 from dpo_jax.models.hf import assemble, save_hf
 from dpo_jax.models.lora import LORA, adapter_shapes
 from dpo_jax.runtime import hosts
@@ -30,7 +31,7 @@ class KeptPolicies(NamedTuple):
     name: str  # of the command or option, for errors
 
     def save(self, folder: Path, variables: Variables) -> None:
-        """Writes a policy. All hosts call this; the first one writes."""
+        """Writes a policy; under pmap give it as one copy (`to_host`). All hosts call this; the first one writes."""
         if self.part.lora is None:
             save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
         else:
@@ -39,10 +40,12 @@ class KeptPolicies(NamedTuple):
     def load(self, folder: Path) -> tuple[Variables, str]:
         """A policy on the devices, and the digest of what was read: the whole model, or its adapter."""
         base, partitioner = self.part.base, self.world.partitioner
-        if self.part.lora is None:
+        # Earlier versions kept the references of rounds as whole models, also of adapters.
+        if self.part.lora is None or not (folder / ADAPTER).is_file():
             return build.load_weights(str(folder), base, partitioner, name=self.name)
-        found, digest = read_adapter(folder, base.config), WeightsDigest()
-        found.digest_into(digest)
-        _, pieces = resumed(found, base.config)
-        adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
+        with build.naming_option(self.name, str(folder)):
+            found, digest = read_adapter(folder, base.config), WeightsDigest()
+            found.digest_into(digest)
+            _, pieces = resumed(found, base.config)
+            adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
         return partitioner.put_variables({**partitioner.to_host(self.world.reference), **adapter}), digest.hexdigest()

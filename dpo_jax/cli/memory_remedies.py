@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.training import divisors
+from dpo_jax.runtime.mesh_shape import mesh_shape
 from dpo_jax.runtime.out_of_memory import is_out_of_memory
 
 _HALVED = ("refs.batch", "eval.batch", "frontier.sample_batch")
@@ -57,9 +59,11 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
 
 def _row_shards(config: Config) -> int:
     """Number of parts into which the rows of a batch are sharded."""
-    if config.run.devices == "single":
-        return 1
-    return jax.device_count() // (config.mesh.context * config.mesh.tensor if config.run.devices == "mesh" else 1)
+    count = jax.device_count()
+    if config.run.devices != "mesh":
+        return 1 if config.run.devices == "single" else count
+    data, fsdp, expert, *_ = mesh_shape(count, **dataclasses.asdict(config.mesh))
+    return data * fsdp * expert
 
 
 def _of_another_run(name: str, config: Config) -> Iterator[tuple[str, str]]:

@@ -186,7 +186,7 @@ def encode(
     (chosen, chosen_scored), (rejected, rejected_scored) = (
         _spans_ids(tokenizer, get(side), side, spans)
         if (spans := get(f"{side}_spans")) is not None
-        else (ended_ids(get(side), tokenizer, name=side, chat=chat, ended=side not in get("unended", ())), None)
+        else (ended_ids(get(side), tokenizer, name=side, chat=chat, ended=side not in (get("unended") or ())), None)
         for side in ("chosen", "rejected")
     )
     between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]

@@ -197,7 +197,7 @@ _FORMATS = (
             **_CHAT_OPTIONS,
             "images": Column("images of the prompt: paths, bytes, or {bytes, path} each", needed=False),
             "image": Column("a single image", needed=False),
-            "unended": Column("sides (`chosen`, `rejected`) that a token limit cut off: no EOS follows", needed=False),
+            "unended": Column("of texts: sides (`chosen`, `rejected`) cut off by a limit, without EOS", needed=False),
             "subset": _SUBSET,
         },
         ("chosen", "rejected"),

@@ -64,6 +64,8 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         prompt, *sides = conversation(row)
         more = chat_options(row)
         if any(isinstance(side, list) for side in sides):
+            if unended_sides(row):
+                raise BadRow(Cause.WRONG_TYPE, "a turn of a conversation always ends; only texts may be cut", field="unended")
             turns = prompt if isinstance(prompt, list) else None
             found = chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
             return with_images(found, images, tokenizer) if images else found
@@ -85,7 +87,7 @@ def unended_sides(row: Row) -> tuple[str, ...]:
     sides = row.get("unended")
     if sides is None:
         return ()
-    if not isinstance(sides, list | tuple) or not {*sides} <= {"chosen", "rejected"}:
+    if not isinstance(sides, list | tuple) or not all(side in ("chosen", "rejected") for side in sides):
         raise BadRow(Cause.WRONG_TYPE, 'a list of "chosen" and "rejected" is needed', field="unended")
     return tuple(sides)
 

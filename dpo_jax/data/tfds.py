@@ -68,7 +68,7 @@ class PreferenceBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True)
         self.name = name  # pyright: ignore[reportAttributeAccessIssue] (tfds would use the class name)
         self._preferences = preferences
         every = [row for rows in preferences.values() for row in rows]
-        self._optional = [field for field in _OPTIONAL if any(getattr(row, field) is not None for row in every)]
+        self._optional = [field for field in _OPTIONAL if any(getattr(row, field) not in (None, ()) for row in every)]
         super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:

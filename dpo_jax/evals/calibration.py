@@ -104,7 +104,7 @@ def mean_share(rows: Sequence[Mapping[str, Any]], weights: Sequence[float] | Non
         )
     weights_ = weights_ / weights_.sum()
     share = np.array([row["accuracy"] for row in rows], np.float64)
-    pairs = np.array([row.get("independent", row["pairs"]) for row in rows], np.float64)
+    pairs = np.array([row["independent"] if "independent" in row else row["pairs"] for row in rows], np.float64)
     likely = (share * pairs + 0.5) / (pairs + 1)
     effective = (weights_ @ likely) * (1 - weights_ @ likely) / (weights_**2 @ (likely * (1 - likely) / pairs))
     mean = float(np.clip(weights_ @ share, 0.0, 1.0))  # rounding may leave the range

@@ -231,7 +231,7 @@ class Rounds:
             rewards = compared(*texts, self._compare, self.log, number=number)
         stage.put("scores.jsonl", _score_rows(asked, rewards))
         labelled = self._labelled(stage, number)
-        stage.put("pairs.jsonl", _pair_rows(labelled))
+        stage.put("pairs.jsonl", _pair_rows(labelled, self.world.stop_ids))
         stage.finish(self._row(number, samples, labelled))
 
     def _samples(self, stage: Stage, number: int, variables: Variables) -> Samples:
@@ -377,7 +377,11 @@ def _score_rows(samples: Samples, rewards: np.ndarray) -> Iterable[dict[str, Any
             yield {"number": number, "prompt": prompt, "completion": text, "score": reward if np.isfinite(reward) else None}
 
 
-def _pair_rows(labelled: Labelled) -> Iterable[dict[str, Any]]:
-    texts, prompts = labelled.samples.texts, labelled.samples.prompts.texts
-    for n, chosen, rejected in labelled.pairs.tolist():
-        yield {"prompt": prompts[n], "chosen": texts[n][chosen], "rejected": texts[n][rejected]}
+def _pair_rows(labelled: Labelled, stop_ids: Sequence[int]) -> Iterable[dict[str, Any]]:
+    """Pairs as format `trl` reads them; samples that were cut off are marked."""
+    samples = labelled.samples
+    for n, *both in labelled.pairs.tolist():
+        sides = dict(zip(("chosen", "rejected"), both, strict=True))
+        cut = [side for side, k in sides.items() if int(samples.ids[n][k][-1]) not in stop_ids]
+        texts = {side: samples.texts[n][k] for side, k in sides.items()}
+        yield {"prompt": samples.prompts.texts[n], **texts, **({"unended": cut} if cut else {})}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,10 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         replay=section.replay,
     )
     kept = KeptPolicies(_part(config, world), world, config.dpo_policy(), digests, "online.refresh_reference_rounds")
+
+    def save(path: Path, variables: Variables) -> None:
+        kept.save(path, world.partitioner.to_host(variables))
+
     with identity.refusing_mismatch():
         log = LabelLog(run.path / "labels.jsonl", label_settings(config))
     return Rounds(
@@ -147,7 +152,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         log=log,
         settings=_settings(config, world),
         start=digests["start"],
-        references=KeptReferences(run.path / "references", save=kept.save, load=kept.load) if options.refresh else None,
+        references=KeptReferences(run.path / "references", save=save, load=kept.load) if options.refresh else None,
         **labels,
     )
 

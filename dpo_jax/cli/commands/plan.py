@@ -47,8 +47,9 @@ def run(config: Config) -> int:
     print(f"figures: {out}")
     refs = plans[0].refs
     if refs is not None and not refs.fits:
-        fewer = f"--refs.batch {max(1, config.refs.batch // 2)}"
-        print(f"the reference pass does not fit: {refs.problem}; take fewer pairs at a time: {fewer}")
+        half = config.refs.batch // 2
+        fewer = f"; take fewer pairs at a time: --refs.batch {half}" if half else ""
+        print(f"the reference pass does not fit: {refs.problem}{fewer}")
     return 0 if config.plan.sweep or (plans[0].step.fits and (refs is None or refs.fits)) else 2
 
 

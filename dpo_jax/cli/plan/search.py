@@ -10,7 +10,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.plan.one import Plan, plan
 from dpo_jax.runtime.chips import Chip, slice_of
-from dpo_jax.runtime.mesh_shape import mesh_shape, mesh_words
+from dpo_jax.runtime.mesh_shape import MeshError, mesh_shape, mesh_words
 
 TRIES = 8  # most programs compiled in search of one that fits
 
@@ -58,7 +58,11 @@ def nearest(config: Config, topology: str) -> list[Plan]:
 def _nearby(config: Config, place: tuple[Chip, int]) -> Iterator[Config]:
     devices = place[0].cores * place[1]
     asked = dataclasses.asdict(config.mesh)
-    mesh, micro = dict(zip(asked, mesh_shape(devices, **asked), strict=True)), config.dpo.microbatches
+    micro = config.dpo.microbatches
+    try:
+        mesh = dict(zip(asked, mesh_shape(devices, **asked), strict=True))
+    except MeshError:  # after a sweep, which does not read it
+        mesh = asked | {"data": 1, "fsdp": devices // (asked["expert"] * asked["context"]), "tensor": 1}
     kept = ("none", "save_attention", "full")
     for remat in kept[kept.index(config.model.remat) + 1 :]:
         yield _with(config, mesh=mesh, remat=remat, microbatches=micro)
