@@ -1,5 +1,6 @@
 """Completions are read, joined by prompt, chosen by reward and cut to fit."""
 
+import functools
 import json
 
 import numpy as np
@@ -99,7 +100,9 @@ def test_the_best_of_the_first_n():
 
 def test_an_article_loses_its_end_and_a_conversation_its_beginning_but_neither_its_bos(tokenizer):
     ids, none, cue = np.arange(1, 10), np.arange(0), np.array([8, 9])
-    assert within(ids, 4, tokenizer, cue=none).tolist() == [6, 7, 8, 9]
-    assert within(ids, 4, tokenizer, cue=cue).tolist() == [1, 2, 8, 9]
-    assert within(ids, 9, tokenizer, cue=cue) is within(ids, 9, tokenizer, cue=none) is ids
-    assert within(np.arange(10), 4, tokenizer, cue=none).tolist() == [0, 7, 8, 9]
+    last, first = (functools.partial(within, tokenizer=tokenizer, truncation=f"keep_{which}") for which in ("end", "start"))
+    assert last(ids, 4, cue=none).tolist() == [6, 7, 8, 9]
+    assert first(ids, 4, cue=none).tolist() == [1, 2, 3, 4]
+    assert last(ids, 4, cue=cue).tolist() == first(ids, 4, cue=cue).tolist() == [1, 2, 8, 9]
+    assert last(ids, 9, cue=cue) is last(ids, 9, cue=none) is ids
+    assert last(np.arange(10), 4, cue=none).tolist() == [0, 7, 8, 9]
