@@ -99,7 +99,7 @@ if [ ${#typed[@]} != 0 ]; then # beside the tests, which use the other core
 fi
 code=0
 if [ ${#tests[@]} != 0 ]; then
-  run "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --within "${DPO_JAX_SECONDS:-25}" "${tests[@]}" || code=$?
+  run "$bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder --as-given --within "${DPO_JAX_SECONDS:-25}" "${tests[@]}" || code=$?
 else
   say "no test is named after a changed file or imports it"
 fi

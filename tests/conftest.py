@@ -86,7 +86,8 @@ def pytest_unconfigure():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--within", type=float, help="skip what has not begun after so many seconds; files in the order given")
+    parser.addoption("--within", type=float, help="skip what has not begun after so many seconds")
+    parser.addoption("--as-given", action="store_true", help="files in the order given, not the longest first")
 
 
 def pytest_runtest_setup(item):
@@ -294,7 +295,7 @@ APART = {"soak", "parity", "plan", "browser", "writers"}
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config, items):
     mark_long(items, whole=not any("::" in argument for argument in config.args))
-    if config.getoption("--within") is not None:
+    if config.getoption("--as-given"):
         return
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))

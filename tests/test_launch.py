@@ -378,7 +378,7 @@ def test_before_a_commit_the_tests_of_what_changed_are_run(clone, changed, tests
     environment, *commands = done.stdout.splitlines()
     assert environment == "env DPO_JAX_EXTRAS=cpu,test,lint ./launch/env.sh"
     chosen = [f"tests/test_{name}.py" for name in tests]
-    start = ".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --within 25 "
+    start = ".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --as-given --within 25 "
     assert [line.removeprefix(start).split() for line in commands if "pytest" in line] == ([chosen] if chosen else [])
     python = [name for name in changed if name.endswith(".py")]
     assert [line.split()[2:] for line in commands if "ruff check" in line] == ([python] if python else [])
