@@ -26,9 +26,9 @@ quoted() {
     case $word in
       '' | *[!A-Za-z0-9_@%+=:,./-]*)
         whole='' # not ${word//...}: versions of bash differ in how they quote there
-        while [ "$word" != "${word#*$quote}" ]; do
-          whole+=${word%%$quote*}$escaped
-          word=${word#*$quote}
+        while [ "$word" != "${word#*"$quote"}" ]; do
+          whole+=${word%%"$quote"*}$escaped
+          word=${word#*"$quote"}
         done
         printf "%s'%s'" "$between" "$whole$word"
         ;;

@@ -189,7 +189,7 @@ def test_a_reference_moves_to_base_and_adapter(done, tmp_path):
         *(0, ["reference from step 3", "reference from step 6"]),
     ), result
     rows = read_metrics(tmp_path / "whole/dpo/metrics.jsonl")
-    assert [row["step"] for row in rows if abs(row.get("loss", 0) - np.log(2)) < 1e-6] == [0, 3, 6]
+    assert [row["step"] for row in rows if abs(row.get("loss", 0) - np.log(2)) < 1e-5] == [0, 3, 6]
     shutil.copytree(tmp_path / "whole", tmp_path / "run")
     for name in ("checkpoints/8", "export", "references"):  # that of step 6 is made again from its checkpoint
         shutil.rmtree(tmp_path / "run/dpo" / name)

@@ -13,6 +13,7 @@ from dpo_jax.cli.config.lab import FrontierConfig
 from dpo_jax.cli.experiment import encode_samples, labelled_samples
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.tokenizer import save_tokenizer
+from dpo_jax.evals.reward_functions import with_ends
 from dpo_jax.lab.world import Prompts
 
 TURNS = [
@@ -102,6 +103,9 @@ def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_p
             np.testing.assert_array_equal(getattr(found, part), getattr(wanted, part))
         if not finished:
             assert found.rejected.tolist() == chatty("By bus.", add_special_tokens=False)["input_ids"]
+            (whole,) = with_ends([found], chatty)  # as a reward model reads the text
+            np.testing.assert_array_equal(whole.rejected, wanted.rejected)
+            assert whole.unended == ()
 
 
 def test_a_chat_template_may_come_from_a_file(tmp_path, chatty):

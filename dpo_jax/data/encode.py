@@ -61,6 +61,7 @@ class Encoded:
         between_cut                            number of their tokens removed by truncation
         desirable                              single completions only: the label of `chosen`; `rejected` is a mismatched one
         images                                 images in the prompt, or None
+        unended                                "chosen", "rejected": samples that were cut off, which have no end
 
     `encode` makes one from texts; your own token ids work as well:
 
@@ -82,6 +83,7 @@ class Encoded:
     between_cut: int = 0
     desirable: bool | None = None  # single completions only (`data.unpaired`)
     images: PromptImages | None = None
+    unended: tuple[str, ...] = ()
 
     @property
     def sides(self) -> tuple[Side, ...]:
@@ -212,6 +214,7 @@ def encode(
         between=tuple(between),
         desirable=get("desirable"),
         between_cut=full["between"] - sum(map(len, between)),
+        unended=tuple(get("unended") or ()),
     )
 
 

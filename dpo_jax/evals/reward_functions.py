@@ -3,6 +3,7 @@
 # pyright: reportMissingImports=false
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data import reviews
-from dpo_jax.data.encode import Bos, ended_ids, token_ids, with_bos
+from dpo_jax.data.encode import Bos, Encoded, ended_ids, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
 from dpo_jax.data.template import is_rendered, turn_end
@@ -195,3 +196,19 @@ def learned(
         return values
 
     return reward
+
+
+def with_ends(pairs: Sequence[Encoded], tokenizer: Any) -> list[Encoded]:
+    """The pairs, in which also samples that were cut off end: a reward model reads texts, of which it cannot know this."""
+    ends: dict[bool, np.ndarray] = {}
+
+    def whole(pair: Encoded) -> Encoded:
+        if not pair.unended:
+            return pair
+        chat = is_rendered(tokenizer.decode(pair.prompt), tokenizer)
+        if chat not in ends:
+            ends[chat] = ended_ids(turn_end(tokenizer) if chat else "", tokenizer, chat=True)
+        sides: dict[str, Any] = {side: np.concatenate([getattr(pair, side), ends[chat]]) for side in pair.unended}
+        return dataclasses.replace(pair, **sides, unended=())
+
+    return [whole(pair) for pair in pairs]

@@ -20,7 +20,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import in_order, plan_layout, round_up, stream, total_steps
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.prepare import data_digest
-from dpo_jax.evals.reward_functions import Reward, learned
+from dpo_jax.evals.reward_functions import Reward, learned, with_ends
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.logps import slots_to_pairs
@@ -156,7 +156,7 @@ def learn_reward(
     `bos` must be the setting that the pairs were encoded with.
     """
     judge = RewardModel(world.partitioner, world.model)
-    variables, figures = fit_reward_model(judge, world.reference, pairs, folder, **options)
+    variables, figures = fit_reward_model(judge, world.reference, with_ends(pairs, world.tokenizer), folder, **options)
     variables = world.partitioner.put_variables(variables)
     return judge.of_texts(variables, world.tokenizer, batch=world.batch, bos=bos), figures
 

@@ -17,6 +17,7 @@ from dpo_jax.data.encode import prompt_key
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
+from dpo_jax.evals.reward_functions import with_ends
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import write_json
@@ -38,11 +39,12 @@ def run(config: Config) -> int:
         start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
         judge = RewardModel(partitioner, part.model)
+        learnt, final = with_ends(pairs, tokenizer), with_ends(test, tokenizer)
         with identity.refusing_mismatch():
             variables, validation = fit_reward_model(
                 judge,
                 start,
-                pairs,
+                learnt,
                 run_dir,
                 make_tx=functools.partial(build.make_tx, training, seed=config.run.seed),
                 batch=training.batch,
@@ -54,7 +56,7 @@ def run(config: Config) -> int:
                     **digests,
                     "architecture": architecture(part.base),
                 },
-                data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(test)),
+                data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(final)),
                 microbatches=training.microbatches,
                 make_state=part.state,
                 checkpoints=config.checkpoints_of("reward-model") if config.run.checkpoints is not None else None,
@@ -63,7 +65,7 @@ def run(config: Config) -> int:
                 save_every_minutes=config.run.save_every_minutes,
                 begin=lambda: build.describe(run_dir, config, pairs.report, test.report),
             )
-        rewards = judge.of_pairs(partitioner.put_variables(variables), test, batch=training.batch)
+        rewards = judge.of_pairs(partitioner.put_variables(variables), final, batch=training.batch)
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         spread = accuracy(margins, [prompt_key(pair) for pair in test])
         low, high = spread["low"], spread["high"]
