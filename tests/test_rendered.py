@@ -15,6 +15,7 @@ from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.reward_functions import with_ends
 from dpo_jax.lab.world import Prompts
+from dpo_jax.untrusted import Unreadable
 
 TURNS = [
     [{"role": "user", "content": "Where to?"}],
@@ -115,5 +116,8 @@ def test_a_chat_template_may_come_from_a_file(tmp_path, chatty):
     for section, template in ((mine, "{{ messages[0].content }}"), (TokenizerConfig(), chatty.chat_template)):
         found = build.tokenizer_of(Config(tokenizer=section), model_path=str(tmp_path / "model"))
         assert found.chat_template == template
-    with pytest.raises(ConfigError, match="tokenizer.chat_template: nowhere.jinja: no such file"):
-        build.tokenizer_of(Config(tokenizer=TokenizerConfig(chat_template="nowhere.jinja")), model_path=str(tmp_path / "model"))
+    (tmp_path / "binary.jinja").write_bytes(b"\xff\xfe")
+    for name, words in (("nowhere.jinja", "no such file"), ("model", "no such file"), ("binary.jinja", "not UTF-8")):
+        config = Config(tokenizer=TokenizerConfig(chat_template=str(tmp_path / name)))
+        with pytest.raises((ConfigError, Unreadable), match=rf"^tokenizer.chat_template: .*{name}: {words}"):
+            build.tokenizer_of(config, model_path=str(tmp_path / "model"))

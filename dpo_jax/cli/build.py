@@ -118,8 +118,8 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with naming_option(option, path), reported("loading the tokenizer"):
-                folder = tokenizer_folder(existing(config, path, option))
-                return _with_bos_token(config, at_date(with_template(config, load_tokenizer(folder)), date_of(config)))
+                tokenizer = load_tokenizer(tokenizer_folder(existing(config, path, option)))
+            return _with_bos_token(config, at_date(with_template(config, tokenizer), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
     else:
@@ -146,10 +146,10 @@ def _record(file: Path) -> dict[str, Any] | None:
 def with_template(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     """The tokenizer, with the chat template of `tokenizer.chat_template` if there is one."""
     if (file := config.tokenizer.chat_template) is not None:
-        try:
+        if not Path(file).is_file():
+            raise ConfigError(f"tokenizer.chat_template: {file}: no such file")
+        with naming_option("tokenizer.chat_template", file):
             tokenizer.chat_template = read_text(file)
-        except FileNotFoundError as error:
-            raise ConfigError(f"tokenizer.chat_template: {file}: no such file") from error
     return tokenizer
 
 

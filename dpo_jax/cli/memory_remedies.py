@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import jax
@@ -10,7 +9,7 @@ import jax
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.training import divisors
-from dpo_jax.runtime.mesh_shape import mesh_shape
+from dpo_jax.cli.preflight.devices import row_shards
 from dpo_jax.runtime.out_of_memory import is_out_of_memory
 
 _HALVED = ("refs.batch", "eval.batch", "frontier.sample_batch")
@@ -42,7 +41,7 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
     training = getattr(config, section)
     if _reads(name, f"{section}.microbatches"):
         now = training.microbatches
-        shards = 1 if config.data.layout == "packed" else _row_shards(config)
+        shards = 1 if config.data.layout == "packed" else row_shards(config, jax.device_count()) or 1
         fitting = (count for count in divisors(training.batch) if count > now and training.batch % (shards * count) == 0)
         more = next(fitting, None)
         if more is not None:
@@ -55,15 +54,6 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
         size = getattr(getattr(config, option.partition(".")[0]), option.partition(".")[2])
         if _reads(name, option) and size > 1:
             yield f"--{option.replace('_', '-')} {size // 2}", f"now {size}"
-
-
-def _row_shards(config: Config) -> int:
-    """Number of parts into which the rows of a batch are sharded."""
-    count = jax.device_count()
-    if config.run.devices != "mesh":
-        return 1 if config.run.devices == "single" else count
-    data, fsdp, expert, *_ = mesh_shape(count, **dataclasses.asdict(config.mesh))
-    return data * fsdp * expert
 
 
 def _of_another_run(name: str, config: Config) -> Iterator[tuple[str, str]]:

@@ -66,9 +66,9 @@ def _refuse_uneven(check: Check, sizes: Mapping[str, int]) -> None:
             raise ConfigError(f"mesh: {path}: {error}") from error
 
 
-def _row_shards(check: Check) -> int | None:
-    """Number of parts into which the rows of a batch are sharded; None if that depends on the number of devices."""
-    config, count = check.config, check.scope.devices
+def row_shards(config: Config, count: int | None) -> int | None:
+    """Number of parts into which the rows of a batch are sharded over `count` devices; None if that depends on their unknown
+    number."""
     if config.run.devices == "single":
         return 1
     if config.run.devices == "pmap":
@@ -84,7 +84,7 @@ def training(task: str) -> Callable[[Check], None]:
     def look(check: Check) -> None:
         config = check.config
         section: SftConfig | DpoConfig = getattr(config, task)
-        if (shards := _row_shards(check)) is not None:
+        if (shards := row_shards(check.config, check.scope.devices)) is not None:
             layout = "plain" if task == "sft" and config.data.layout == "shared" else config.data.layout
             batch_parts(section, shards, layout=layout)
             if section.batch < shards:
