@@ -73,6 +73,24 @@ def meaning(format, folder, content):
     return kept
 
 
+def test_an_array_of_json_means_what_it_says_or_is_refused(tmp_path):
+    """An element is read as the line that it would be; an array that does not end well is refused whole."""
+    row = {**ROWS["trl"], "unended": ["chosen"]}
+    good, kept = json.dumps([row] * 3, indent=1, ensure_ascii=False).encode(), 0
+    for mutant in mutations(good, count=mutants(120)):
+        (tmp_path / "train.json").write_bytes(mutant)
+        loaded = read(tmp_path, "trl")
+        if isinstance(loaded, PreferenceSet) and any("one JSON array" in note for note in loaded.report.notes):
+            elements = json.loads(mutant.removeprefix(b"\xef\xbb\xbf"))
+            assert loaded.report.read == len(elements)
+            said = meaning("trl", tmp_path, b"\n".join(json.dumps(element).encode() for element in elements))
+            for pair in loaded:
+                assert [(pair.prompt, pair.chosen, pair.rejected)] == said[int(pair.uid.split(":")[1])]
+                kept += 1
+        read(tmp_path, "auto", on_bad="refuse")
+    assert kept > 30
+
+
 @pytest.mark.parametrize("format", ROWS)
 def test_lines_of_json_mean_what_they_say_or_are_counted(format, tmp_path):
     good = lines(*[ROWS[format]] * 3)
