@@ -21,12 +21,12 @@ from tokenizers.processors import TemplateProcessing
 
 from dpo_jax.bench.work import read_pairs
 from dpo_jax.cli import build, splits
+from dpo_jax.cli.bench_contenders import not_raced
 from dpo_jax.cli.commands.bench import freeze
-from dpo_jax.cli.commands.bench_contenders import not_raced
-from dpo_jax.cli.commands.export import write_model
-from dpo_jax.cli.commands.frontier import ppo_method
 from dpo_jax.cli.config import ConfigError, load_config
 from dpo_jax.cli.experiment import make_world
+from dpo_jax.cli.exports import write_model
+from dpo_jax.cli.ppo_setup import ppo_method
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config

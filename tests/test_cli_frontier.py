@@ -19,10 +19,10 @@ from chat_templates import CHATML
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
 from dpo_jax.cli import splits
-from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world, prompts_of
 from dpo_jax.cli.frontier_runs import runs_of, shared_settings, to_mix
+from dpo_jax.cli.rewards import learned_reward
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum

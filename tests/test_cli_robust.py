@@ -8,11 +8,11 @@ import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
 from dpo_jax.cli import frontier_runs
-from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import load_config
 from dpo_jax.cli.experiment import make_world
 from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.robust.setup import shared_settings
+from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.evals.reward_functions import LinearReward
 
 CONFIG = (

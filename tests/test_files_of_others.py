@@ -15,10 +15,10 @@ from test_report import PIXEL, finished, refused
 
 from dpo_jax.cli.commands.plan import _refuse_foreign as plan_file
 from dpo_jax.cli.commands.report import write_page
-from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import ConfigError
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.cli.model_folders import refuse_foreign, refuse_other_lines
+from dpo_jax.cli.report_files import earlier_images
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_digest, train_tokenizer
 from dpo_jax.lab.sweep import Run, sweep
 from dpo_jax.locks import open_lock

@@ -89,6 +89,7 @@ def twenty_steps(directory):
     tensor = 2 if jax.process_count() == 4 else 1
     seen = {
         "mesh": steps_and_save(mesh_partitioner(make_mesh(tensor=tensor), table.MODEL, units=table.UNITS), directory, "mesh"),
+        "torus": steps_and_save(torus(table.MODEL, tensor=tensor), directory, "torus"),
         "pmap": steps_and_save(pmap_partitioner(), directory, "pmap"),
     }
     answers = {"any": hosts.anywhere(not hosts.is_first()), "none": hosts.anywhere(False)}
@@ -108,10 +109,16 @@ def twenty_steps(directory):
     load_within_bounds(directory)
 
 
+def torus(model, **sizes):
+    """A mesh in which the two devices of a process are no neighbours, as on a TPU slice."""
+    devices = jax.devices()
+    return mesh_partitioner(make_mesh(**sizes, devices=[*devices[::2], *devices[1::2]]), model, units=table.UNITS)
+
+
 def steps_and_save(partitioner, directory, way):
     assert jax.local_device_count() == 2
     part, parts = partitioner.host_part
-    assert (part, parts) == (jax.process_index(), jax.process_count())
+    assert (part, parts) == ((0, 1) if way == "torus" else (jax.process_index(), jax.process_count()))
     folder = directory / "model"
     variables = partitioner.load_variables(variable_shapes(table.MODEL), read_weights(folder, table.MODEL))
     reference = partitioner.compile_map(functools.partial(reference_logps, table.MODEL))
@@ -161,6 +168,8 @@ def load_within_bounds(directory):
     # On its way to a device a part is there twice, and so is a tensor on its way out of its file. Of both there is only one.
     assert peak - kept < 2 * part + 2 * tensor < sum(leaf.nbytes for leaf in shapes) / 3, (peak, kept, part, tensor)
     save_and_restore_in_parts(loaded, directory / "wide-saved")
+    apart = torus(wide).load_variables(variable_shapes(wide), read_weights(directory / "wide", wide))
+    save_and_restore_in_parts(apart, directory / "wide-torus")
 
 
 def counted_reads(patch):
@@ -198,7 +207,8 @@ def save_and_restore_in_parts(state, directory):
     form = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     mine = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
     with pytest.MonkeyPatch.context() as patch, Checkpoints(directory) as checkpoints:
-        patch.setattr(hosts, "whole", lambda leaf: pytest.fail(f"an array of {leaf.nbytes} bytes is gathered"))
+        for name in ("whole", "gathered_chunks"):
+            patch.setattr(hosts, name, lambda leaf, **_: pytest.fail(f"an array of {leaf.nbytes} bytes is gathered"))
         patch.setattr("dpo_jax.runtime.seal.HASHED_BYTES", 100_000)  # of smaller files the first host reads all
         checkpoints.save(1, state, {})
         checkpoints.wait()
@@ -244,7 +254,7 @@ def test_several_processes_take_the_steps_of_one_device_and_save_for_it(tmp_path
     batches = [rows.replace(ref_logps=np.asarray(reference(variables, rows))) for rows in batches]
     one = table.single_device()
     seen, state = table.run(one.compile_step(table.dpo(None)), table.start(one, variables), batches)
-    for way in ("mesh", "pmap"):
+    for way in ("mesh", "torus", "pmap"):
         with Checkpoints(tmp_path / way, read_only=True) as checkpoints:
             saved, _ = checkpoints.restore_latest(jax.eval_shape(functools.partial(init_state, tx=table.TX), variables))
         table.assert_same_run(np.array(result[way]), saved, (seen, one.to_host(state)))

@@ -12,9 +12,9 @@ import pytest
 from conftest import GOLDEN
 from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixture
 
-from dpo_jax.cli.commands.implicit_rewards import beta_of, subset_names
 from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import DpoConfig
+from dpo_jax.cli.implicit_rewards import beta_of, subset_names
 from dpo_jax.data.encode import encode
 from dpo_jax.data.format_table import detect_format
 from dpo_jax.data.layout import plain_rows

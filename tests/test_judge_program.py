@@ -19,7 +19,7 @@ from fake_judge import Fail, Say, fake_judge
 from test_judge import KEY, ROOT, A, B, draw, scripted
 from test_pairing import completions
 
-from dpo_jax.cli.commands.agree_files import judge_files
+from dpo_jax.cli.agree_files import judge_files
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.judge import JudgeConfig
 from dpo_jax.cli.config.study import AgreeConfig

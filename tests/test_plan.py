@@ -36,7 +36,7 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.flops import layer_weights, pair_flops
 from dpo_jax.runtime.chips import CHIPS, TopologyError, slice_devices, slice_of
 from dpo_jax.runtime.hlo import summarize
-from dpo_jax.runtime.mesh import make_mesh
+from dpo_jax.runtime.mesh import host_part, make_mesh
 from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.plan import Work, out_of_memory, plan_map, plan_step
 from dpo_jax.step import init_state
@@ -429,6 +429,28 @@ def test_libtpu_prints_nothing_about_a_machine_that_is_not_there():
 def test_a_mesh_may_share_an_axis_of_the_torus():
     sizes = make_mesh(fsdp=8, tensor=2, devices=slice_devices("v6e:4x4")).shape
     assert dict(sizes) == {"data": 1, "fsdp": 8, "expert": 1, "context": 1, "tensor": 2}
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "sizes", "parts"),
+    [
+        ("v5e:4x4", {"fsdp": 16}, 1),
+        ("v5e:4x4", {"fsdp": 4, "tensor": 4}, 4),
+        ("v5p:4x4x4", {"data": 4, "fsdp": 16}, 1),
+        ("v5p:2x2x4", {"fsdp": 16}, 1),
+        ("v6e:4x4", {"fsdp": 4, "tensor": 4}, 4),
+    ],
+)
+def test_all_hosts_of_a_slice_agree_which_rows_they_supply(topology, sizes, parts, monkeypatch):
+    """The mesh follows the links of the torus, so a host's devices may be apart in it. Then each supplies the whole batch."""
+    mesh = make_mesh(**sizes, devices=slice_devices(topology))
+    found = []
+    for process in sorted({device.process_index for device in mesh.devices.flat}):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(host_part(mesh))
+    assert {count for _, count in found} == {parts}
+    assert {index for index, _ in found} == set(range(parts))
 
 
 @pytest.mark.plan

@@ -26,12 +26,13 @@ def laid_out(shape, spec, array=ARRAY):
     return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def over_hosts(array, count, *, every_copy=True, damaged=None):
+def over_hosts(array, count, *, every_copy=True, damaged=None, torus=False):
     """The digest as `count` hosts make it, each of which holds an equal run of the devices of `array`.
 
-    On host `damaged` one number is another.
+    With `torus` each host holds every `count`-th device. On host `damaged` one number is another.
     """
-    process = {device: number * count // len(array.sharding.device_set) for number, device in enumerate(jax.devices())}
+    devices = len(array.sharding.device_set)
+    process = {device: n % count if torus else n * count // devices for n, device in enumerate(jax.devices())}
     cut = array.sharding.devices_indices_map(array.shape)
     boxes = {
         number: {tiles._box(index, array.shape) for device, index in cut.items() if process[device] == number}
@@ -74,6 +75,15 @@ def test_hosts_add_up_their_own_parts(shape, spec, count, every_copy):
     assert over_hosts(laid_out(shape, spec), count, every_copy=every_copy) == digest(ARRAY)
 
 
+@pytest.mark.parametrize("every_copy", [True, False])
+@pytest.mark.parametrize(("shape", "spec"), LAYOUTS[1:])
+def test_hosts_whose_devices_are_no_neighbours_in_the_mesh_gather_nothing(shape, spec, every_copy):
+    """As on a TPU slice: its mesh follows the links of the torus."""
+    array = laid_out(shape, spec)
+    assert over_hosts(array, 2, every_copy=every_copy, torus=True) == digest(ARRAY)
+    assert over_hosts(array, 2, torus=True, damaged=1) != digest(ARRAY)
+
+
 @pytest.mark.parametrize("damaged", [0, 1, 2, 3])
 @pytest.mark.parametrize(("shape", "spec"), LAYOUTS[1:])
 def test_damage_on_any_host_is_found_also_in_a_copy(shape, spec, damaged):
@@ -93,8 +103,8 @@ def test_what_is_written_is_digested_also_where_another_copy_differs():
         {0: {((0, 3), (0, 128), (0, 31))}, 1: {((0, 3), (0, 128), (31, 96))}},  # through tiles
         {0: {((0, 3), (0, 128), (0, 96))}, 1: {((0, 3), (0, 128), (0, 48))}},  # one within the other
         {
-            0: {((0, 3), (0, 64), (0, 48)), ((0, 3), (64, 128), (48, 96))},
-            1: {((0, 3), (0, 64), (48, 96)), ((0, 3), (64, 128), (0, 48))},
+            0: {((0, 3), (0, 60), (0, 48)), ((0, 3), (60, 128), (48, 96))},
+            1: {((0, 3), (0, 60), (48, 96)), ((0, 3), (60, 128), (0, 48))},
         },
     ],
 )

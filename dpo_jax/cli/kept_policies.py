@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.export import write_lora
+from dpo_jax.cli.exports import write_lora
 from dpo_jax.cli.trained import Trained
 from dpo_jax.lab.world import World
 from dpo_jax.models.adapter import read_adapter, resumed

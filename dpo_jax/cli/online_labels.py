@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.cli.commands.judge import api_key, ask, outcome_in, questions_of, verdict_settings
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.frontier_runs import classifier_name
+from dpo_jax.cli.judging import api_key, ask, outcome_in, questions_of, verdict_settings
 from dpo_jax.extras import install_command
 from dpo_jax.judge.asking import Refused, Unfinished
 from dpo_jax.judge.questions import Pair

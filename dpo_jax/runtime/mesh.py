@@ -75,19 +75,21 @@ def token_shards(mesh: Mesh) -> int:
 
 
 def host_part(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this host holds the `index`-th of `count` equal parts of the rows of a batch.
+    """(index, count): this host supplies the `index`-th of `count` equal parts of the rows of a batch.
 
-    Hosts along the context and tensor axes hold the same part. Raises `MeshError` if a host's devices hold no such part.
+    Hosts along the context and tensor axes supply the same part. It is (0, 1), the whole batch, on all hosts if the row shards
+    of some host do not follow one another. That is common on TPUs, where the mesh follows the links of the torus: a host of
+    2 x 2 chips in a v5e 4x4 slice has the row shards 0, 1, 6 and 15 of 16. The batch is a few integers per token.
     """
-    process = jax.process_index()
-    grid = mesh.devices.reshape(row_shards(mesh), -1)
-    mine = [part for part, row in enumerate(grid) if any(device.process_index == process for device in row)]
-    size = len(mine)
-    if not mine or mine != list(range(mine[0], mine[0] + size)) or mine[0] % size or len(grid) % size:
-        raise MeshError(
-            f"the devices of host {process} hold parts {mine} of {len(grid)}: a host's devices must be neighbours in the mesh"
-        )
-    return mine[0] // size, len(grid) // size
+    shards: dict[int, list[int]] = {}
+    for number, devices in enumerate(mesh.devices.reshape(row_shards(mesh), -1)):
+        for process in {device.process_index for device in devices}:
+            shards.setdefault(process, []).append(number)
+    size = len(next(iter(shards.values())))
+    runs = all(own == list(range(own[0], own[0] + size)) and own[0] % size == 0 for own in shards.values())
+    if not runs or row_shards(mesh) % size:
+        return 0, 1
+    return shards[jax.process_index()][0] // size, row_shards(mesh) // size
 
 
 def variable_shardings(variables: Any, axes: Any, mesh: Mesh, *, units: Units | None = None) -> dict[tuple[str, ...], Any]:

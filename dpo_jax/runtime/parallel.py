@@ -149,6 +149,8 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
         _check_rows(rows, shards // part[1])
         if jax.process_count() == 1:
             return jax.device_put(rows, by_row)
+        if part[1] == 1:  # every host has the whole batch
+            return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, by_row, lambda index: x[index]), rows)
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(by_row, x, (x.shape[0] * part[1], *x.shape[1:])), rows
         )

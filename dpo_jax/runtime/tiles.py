@@ -4,15 +4,17 @@ An array is divided into tiles by a grid that depends only on its shape and dtyp
 SHA-256 of each tile with its place. So it does not depend on which process holds which tiles or on the order of addition (the
 incremental hash of Bellare and Micciancio 1997): each process adds the tiles it holds, and exchanges 32 bytes per array.
 
-Mesh axes are usually powers of two, and tiles are made by halving, so the part of a process consists of whole tiles. Otherwise
-(three hosts, or a part smaller than a tile) the array is gathered in chunks; its digest is the same.
+Mesh axes are usually powers of two, and tiles are made by halving. So what a process holds consists of whole tiles: one box or,
+on the torus of a TPU slice, several. Otherwise (three hosts, or shards smaller than a tile) the array is gathered in chunks, and
+its digest is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -23,18 +25,28 @@ from dpo_jax.runtime import hosts
 
 TILE_BYTES = 32 << 10
 """Largest tile: a matrix of 2 MB can be on 64 hosts."""
-CHUNK_BYTES = 32 << 20  # per thread, of eight that copy at once
-MODULUS = 2**256 - 189  # a prime, so that fractions of a tile can be added: see `_sum`
+CHUNK_BYTES = 32 << 20  # per thread
+MOST_THREADS = 32  # a host of GPUs or TPUs has 100 cores or more
+MODULUS = 2**256 - 189  # a prime, so that fractions of a tile can be added: see `tile_digests`
 Box = tuple[tuple[int, int], ...]
 """(first, end) along each axis."""
 
 
 class Held(NamedTuple):
-    """The part of an array that this process holds."""
+    """A box of an array that this process holds."""
 
     box: Box
     copies: int  # the number of processes that hold it
     is_first: bool  # this is the first of them
+
+
+class Job(NamedTuple):
+    """A run of whole tiles along the first axis of a box, small enough for memory."""
+
+    name: str
+    held: Held
+    first: int
+    end: int
 
 
 def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, str]:
@@ -43,16 +55,26 @@ def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, st
     If several hosts hold the same part, `every_copy` includes all copies, so that a differing one changes the digest. Otherwise
     only the first host that holds the part reads it.
     """
-    parts = {name: held_part(leaf) for name, leaf in leaves.items()}
+    parts = {name: held_parts(leaf) for name, leaf in leaves.items()}
+    jobs = [
+        Job(name, held, *run)
+        for name, found in parts.items()
+        for held in found or ()
+        if every_copy or held.is_first
+        for run in _runs(leaves[name], held.box)
+    ]
 
-    def add_up(name: str) -> int:
-        part = parts[name]
-        return 0 if part is None else _sum(leaves[name], part, every_copy=every_copy)
+    def add_up(job: Job) -> int:
+        total = _sum_of_run(leaves[job.name], job)
+        # Each of n copies adds 1/n, the inverse of n modulo the prime: n equal copies add up to the whole.
+        return total * pow(job.held.copies, -1, MODULUS) if every_copy else total
 
+    mine = dict.fromkeys(leaves, 0)
     # hashlib releases the interpreter lock, so threads hash in parallel.
-    with ThreadPoolExecutor(8) as pool:
-        mine = dict(zip(leaves, pool.map(add_up, leaves), strict=True))
-    for name in (name for name, part in parts.items() if part is None):  # a collective: the same order on all hosts
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for job, total in zip(jobs, pool.map(add_up, jobs), strict=True):
+            mine[job.name] += total
+    for name in (name for name, found in parts.items() if found is None):  # a collective: the same order on all hosts
         total = _sum_gathered(leaves[name])
         mine[name] = total if hosts.is_first() else 0
     return {name: f"{total:064x}" for name, total in zip(leaves, _over_hosts([*mine.values()]), strict=True)}
@@ -73,21 +95,23 @@ def tile_shape(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def held_part(leaf: Any) -> Held | None:
-    """The part of an array that this process holds; None on all hosts if some host's part is not a box of whole tiles."""
-    pieces = _pieces_by_process(leaf)
-    boxes = {process: _around(found) for process, found in pieces.items()}
-    if any(sum(map(_size, found)) != _size(boxes[process]) for process, found in pieces.items()):
-        return None  # the part of some process is no box
-    if sum(map(_size, {*boxes.values()})) != leaf.size:
-        return None  # boxes overlap
+def held_parts(leaf: Any) -> list[Held] | None:
+    """The boxes of an array that this process holds; None on all hosts if some host's boxes are not made of whole tiles."""
     lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
-    sides = (pair for box in boxes.values() for pair in zip(box, lengths, strict=True))
-    if any(length and (first % length or end % length) for (first, end), length in sides):
-        return None
-    mine = boxes[jax.process_index()]
-    holders = [process for process, box in boxes.items() if box == mine]
-    return Held(mine, len(holders), jax.process_index() == min(holders))
+    pieces = _pieces_by_process(leaf)
+    # Joined shards are whole tiles where single ones may be smaller, but those of two hosts may overlap.
+    for boxes in ({process: _joined(found) for process, found in pieces.items()}, pieces):
+        distinct = set().union(*boxes.values())
+        sides = (side for box in distinct for side in zip(box, lengths, strict=True))
+        if sum(map(_size, distinct)) == leaf.size and not any(
+            length and (first % length or end % length) for (first, end), length in sides
+        ):
+            mine, found = jax.process_index(), []
+            for box in sorted(boxes[mine]):
+                holders = [process for process, own in boxes.items() if box in own]
+                found.append(Held(box, len(holders), mine == min(holders)))
+            return found
+    return None
 
 
 def _pieces_by_process(leaf: Any) -> dict[int, set[Box]]:
@@ -104,51 +128,66 @@ def _box(index: Sequence[slice], shape: Sequence[int]) -> Box:
     return tuple(along.indices(length)[:2] for along, length in zip(index, shape, strict=True))
 
 
-def _around(boxes: set[Box]) -> Box:
-    return tuple((min(first for first, _ in ranges), max(end for _, end in ranges)) for ranges in zip(*boxes, strict=True))
+def _joined(boxes: set[Box]) -> set[Box]:
+    """The same places in fewer boxes: two that touch along one axis, and are equal along the others, become one."""
+    joined = set(boxes)
+    for axis in range(len(next(iter(boxes), ()))):
+        lines: dict[Any, list[tuple[int, int]]] = {}
+        for box in sorted(joined):
+            line = lines.setdefault((box[:axis], box[axis + 1 :]), [])
+            if line and line[-1][1] == box[axis][0]:
+                line[-1] = line[-1][0], box[axis][1]
+            else:
+                line.append(box[axis])
+        joined = {(*before, side, *after) for (before, after), line in lines.items() for side in line}
+    return joined
 
 
 def _size(box: Box) -> int:
     return math.prod(end - first for first, end in box)
 
 
-def _sum(leaf: Any, part: Held, *, every_copy: bool) -> int:
-    """The contribution of this process to the digest of `leaf`.
-
-    With `every_copy` each of n copies adds 1/n, the inverse of n modulo the prime: n equal copies add up to the whole.
-    """
-    if not leaf.size or not (every_copy or part.is_first):
-        return 0
-    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
-    others = [begin for begin, _ in part.box[1:]]
-    total = sum(_sum_of_chunk(chunk, [first, *others][: leaf.ndim], lengths) for first, chunk in _chunks(leaf, part))
-    return total * pow(part.copies, -1, MODULUS) if every_copy else total
-
-
-def _chunks(leaf: Any, part: Held) -> Iterator[tuple[int, np.ndarray]]:
-    """(first, array): the held part in runs of whole tiles, each starting at `first` along the first axis."""
+def _runs(leaf: Any, box: Box) -> list[tuple[int, int]]:
+    """(first, end) along the first axis of the runs of whole tiles in which a box is read."""
+    if not leaf.size:
+        return []
     if not leaf.ndim:
-        yield 0, np.asarray(leaf)
-        return
-    (begin, end), *rest = part.box
+        return [(0, 1)]
+    begin, end = box[0]
     length = tile_shape(leaf.shape, leaf.dtype.itemsize)[0]
-    run = max(1, CHUNK_BYTES * (end - begin) // (_size(part.box) * leaf.dtype.itemsize) // length) * length
-    pieces = _pieces(leaf)
-    for first in range(begin, end, run):
-        last = min(first + run, end)
-        if len(pieces) == 1:
-            yield first, np.asarray(next(iter(pieces.values()))[first - begin : last - begin])
-            continue
-        chunk = np.empty((last - first, *(stop - start for start, stop in rest)), leaf.dtype)
-        for ((low, high), *others), data in pieces.items():
-            if (top := max(first, low)) < (bottom := min(last, high)):
-                to = [slice(a - start, b - start) for (a, b), (start, _) in zip(others, rest, strict=True)]
-                chunk[(slice(top - first, bottom - first), *to)] = data[top - low : bottom - low]
-        yield first, chunk
+    run = max(1, CHUNK_BYTES * (end - begin) // (_size(box) * leaf.dtype.itemsize) // length) * length
+    return [(first, min(first + run, end)) for first in range(begin, end, run)]
+
+
+def _sum_of_run(leaf: Any, job: Job) -> int:
+    """The sum over the tiles of a run."""
+    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
+    if not leaf.ndim:
+        return _sum_of_chunk(np.asarray(leaf), [], lengths)
+    rest = job.held.box[1:]
+    return _sum_of_chunk(_run(leaf, job), [job.first, *(begin for begin, _ in rest)], lengths)
+
+
+def _run(leaf: Any, job: Job) -> np.ndarray:
+    """The numbers of a run, from the shards of this process."""
+    (begin, _), *rest = job.held.box
+    pieces = {box: data for box, data in _pieces(leaf).items() if _within(box, job.held.box)}
+    if len(pieces) == 1:
+        return np.asarray(next(iter(pieces.values()))[job.first - begin : job.end - begin])
+    found = np.empty((job.end - job.first, *(stop - start for start, stop in rest)), leaf.dtype)
+    for ((low, high), *others), data in pieces.items():
+        if (top := max(job.first, low)) < (bottom := min(job.end, high)):
+            to = [slice(a - start, b - start) for (a, b), (start, _) in zip(others, rest, strict=True)]
+            found[(slice(top - job.first, bottom - job.first), *to)] = data[top - low : bottom - low]
+    return found
+
+
+def _within(box: Box, outer: Box) -> bool:
+    return all(first <= a and b <= end for (a, b), (first, end) in zip(box, outer, strict=True))
 
 
 def _pieces(leaf: Any) -> dict[Box, Any]:
-    """The arrays that make up the part of this process."""
+    """The shards of this process."""
     if not isinstance(leaf, jax.Array):
         return {tuple((0, length) for length in leaf.shape): leaf}
     return {_box(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
+from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.runtime.progress import reported

@@ -32,7 +32,7 @@ from dpo_jax.bench.work import (
     write_work,
 )
 from dpo_jax.cli import build, splits
-from dpo_jax.cli.commands.bench_contenders import contenders, need, not_raced, torch_python
+from dpo_jax.cli.bench_contenders import contenders, need, not_raced, torch_python
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.model_folders import sized_hf_config
 from dpo_jax.data.encode import Encoded

@@ -15,9 +15,9 @@ from typing import Any
 
 from dpo_jax.cli import build
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.commands.frontier import make_reference, refuse_bfloat16
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.dialogue_runs import REFERENCE, runs_of
+from dpo_jax.cli.starting_policy import make_reference, refuse_bfloat16
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.terminal import json_text
 from dpo_jax.data.tokenizer import tokenizer_digest

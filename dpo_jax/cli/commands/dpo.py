@@ -13,9 +13,9 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.balancing import router_aux_loss, tell_switches
 from dpo_jax.cli.card import dpo_card
-from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.refs import cache_identity, check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.config import Config, DpoConfig
+from dpo_jax.cli.exports import write_model, writer
+from dpo_jax.cli.reference_pass import cache_identity, check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained

@@ -14,11 +14,11 @@ import numpy as np
 from dpo_jax import loss_table
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.card import dpo_card, with_digest
-from dpo_jax.cli.commands.implicit_rewards import write_rewards
-from dpo_jax.cli.commands.refs import reference_values
 from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_encoder, open_vision, vision_of
+from dpo_jax.cli.implicit_rewards import write_rewards
 from dpo_jax.cli.model_folders import eval_reference
+from dpo_jax.cli.reference_pass import reference_values
 from dpo_jax.cli.training_samples import distinct_prompts, prompt_line
 from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded, prompt_key

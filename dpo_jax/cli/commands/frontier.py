@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands import sft as sft_command
-from dpo_jax.cli.config import Config, ConfigError, LoraConfig
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.config.lab import ONLINE, numbers
 from dpo_jax.cli.experiment import (
     encode_samples,
@@ -32,6 +30,8 @@ from dpo_jax.cli.experiment import (
 )
 from dpo_jax.cli.frontier_runs import MIX_AT, TO_MIX, loss_of, online_settings, runs_of, shared_settings, to_mix
 from dpo_jax.cli.kept_policies import KeptPolicies
+from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
+from dpo_jax.cli.starting_policy import make_reference, refuse_bfloat16
 from dpo_jax.cli.trained import planned
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.evals.frontier import Optimum
@@ -41,7 +41,6 @@ from dpo_jax.lab import report
 from dpo_jax.lab.labels import label_table, label_words
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.optimum import Drawn, estimate, kept_in, to_json
-from dpo_jax.lab.ppo import PpoMethod, PpoOptions
 from dpo_jax.lab.reward_model import learn_reward
 from dpo_jax.lab.second_reward import gains
 from dpo_jax.lab.second_reward import summary as second_summary
@@ -54,7 +53,6 @@ from dpo_jax.online.rounds import RoundOptions
 from dpo_jax.plotting.training_curves import plot_displacement, plot_training
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.metrics import read_metrics
-from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.training.run import saved_run
 from dpo_jax.types import Variables
@@ -89,18 +87,6 @@ def run(config: Config) -> int:
         if hosts.is_first():
             _write(run_dir, results, best, second=config.frontier.second_reward or "")
     return 0
-
-
-def make_reference(config: Config) -> None:
-    """The starting policy from SFT, unless it exists. It is trained whole; methods may train adapters beside it."""
-    if config.dpo.policy is None and not Path(config.dpo_policy()).is_dir():
-        sft_command.run(dataclasses.replace(config, lora=LoraConfig()))
-
-
-def refuse_bfloat16(config: Config, command: str) -> None:
-    """Raises `ConfigError` for trained parameters in bfloat16."""
-    if config.dpo.param_dtype != "float32":
-        raise ConfigError(f"dpo.param_dtype: {command} keeps parameters in float32; leave it out")
 
 
 class _Study:
@@ -255,38 +241,6 @@ def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
     saved = saved_run(folder / "checkpoints", place=str(folder))
     expected = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file
     return saved is not None and saved.fingerprint.get("sweep") == expected
-
-
-def ppo_method(config: Config, world: World) -> PpoMethod:
-    """PPO with the options of section frontier; also used by `dpo-jax ppo`."""
-    section, parts = config.frontier, config.dpo.microbatches * world.partitioner.row_shards
-    options = PpoOptions(
-        iterations=section.ppo_iterations,
-        batch=section.ppo_batch,
-        epochs=section.ppo_epochs,
-        minibatches=section.ppo_minibatches,
-        microbatches=config.dpo.microbatches,
-        horizon=2 * section.ppo_batch,
-        clip=0.2,
-        value_clip=0.2,
-        value_weight=0.1,
-        gamma=1.0,
-        lam=0.95,
-    )
-    if (options.batch // options.minibatches) % parts:
-        raise ConfigError(
-            f"frontier.ppo_batch: {options.batch} completions in {options.minibatches} minibatches cannot be split over "
-            f"{world.partitioner.row_shards} devices x {options.microbatches} microbatches; use a multiple of "
-            f"{options.minibatches * parts}"
-        )
-    steps = options.iterations * options.epochs * options.minibatches
-    schedule = build.make_schedule(dataclasses.replace(config.dpo, lr=section.ppo_lr), steps=steps)
-    return PpoMethod(world, tx=make_optimizer(schedule, name="adamw", max_grad_norm=1.0), options=options)
-
-
-def first_kl_coef(target_kl: float) -> float:
-    """Initial KL coefficient: that of the optimum at this KL if rewards were normal, in standard deviations of the reward."""
-    return 1 / math.sqrt(2 * target_kl)
 
 
 def _on_pairs(result: Result) -> bool:

@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import importlib.util
 import math
-import os
 import re
 import statistics
 from collections.abc import Sequence
@@ -23,17 +22,27 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.judging import (
+    SETTINGS,
+    api_key,
+    ask,
+    budget_of,
+    judge_prompt,
+    outcome_in,
+    questions_of,
+    spent_words,
+    verdict_settings,
+)
 from dpo_jax.cli.prompts import references
 from dpo_jax.data.completion_files import Completion, read_completions
 from dpo_jax.data.files import fingerprint
 from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.extras import install_command
-from dpo_jax.judge.asking import Budget, Unfinished, ask_all, failures_of
-from dpo_jax.judge.endpoint import Endpoint
+from dpo_jax.judge.asking import Unfinished, failures_of
 from dpo_jax.judge.injections import Probe, achieved, probes
 from dpo_jax.judge.pairing import Paired, pair_up
-from dpo_jax.judge.questions import Outcome, Pair, Question, orders, outcome_of, question_of, winner_of
+from dpo_jax.judge.questions import Outcome, Pair, Question
 from dpo_jax.judge.verdicts import VerdictLog
 from dpo_jax.judge.win_rates import EDGE, OUTCOMES, Rate, WinRate, columns, rate, win_rates
 from dpo_jax.judge.win_rates_plot import plot_win_rates
@@ -41,10 +50,7 @@ from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.writing import writing
 
-SETTINGS = ("model", "prompt", "fence", "temperature", "max_tokens", "one_order")
-"""Settings on which a verdict depends, besides its texts. The address is not one: the same model may move."""
 BASELINES = {"chosen": "the chosen completions of the data", "sft_target": "what SFT learned"}
-PER = 1e-6  # prices are per million tokens
 
 
 def run(config: Config) -> int:
@@ -91,7 +97,7 @@ async def _judge(
 def _refuse_foreign(config: Config, pairs: list[Pair], questions: list[Question], log: VerdictLog) -> None:
     known = {question.key for question in questions}
     if not known.issuperset(log.verdicts):  # an earlier start may have tried injections
-        tried = probes(pairs, prompt=_prompt(config))
+        tried = probes(pairs, prompt=judge_prompt(config))
         known |= {question.key for probe in tried for question in questions_of(config, probe.pair)}
     log.only_of(known)
 
@@ -101,30 +107,7 @@ def _probes(config: Config, pairs: list[Pair], outcomes: list[Outcome]) -> list[
     lost = [pair for pair, outcome in zip(pairs, outcomes, strict=True) if outcome == "lost"]
     if config.judge.injections and not lost:
         print("injections: the policy lost no pair, so there is no text to append them to")
-    return probes(lost[: config.judge.injections], prompt=_prompt(config))
-
-
-def verdict_settings(config: Config) -> dict[str, Any]:
-    """Settings on which the verdicts of a log depend."""
-    section = config.judge
-    return {name: getattr(section, name) for name in SETTINGS} | ({"seed": config.run.seed} if section.one_order else {})
-
-
-def _prompt(config: Config) -> str:
-    assert config.judge.prompt is not None  # checked with the configuration
-    return config.judge.prompt
-
-
-def api_key(config: Config) -> str | None:
-    """The API key, from the environment. A local endpoint may need none."""
-    section = config.judge
-    if key := os.environ.get(section.key_env, "").strip():
-        if not re.fullmatch(r"[!-~]+", key):
-            raise ConfigError(f"judge.key_env: the variable {section.key_env} contains characters that no key can have")
-        return key
-    if section.base_url == type(section).base_url:
-        raise ConfigError(f"judge.key_env: {section.base_url} needs a key, but the variable {section.key_env} is empty")
-    return None
+    return probes(lost[: config.judge.injections], prompt=judge_prompt(config))
 
 
 def _policies(config: Config) -> dict[str, list[Completion]]:
@@ -144,15 +127,6 @@ def _baseline(config: Config) -> list[Completion]:
     return [Completion(*one[:2], None, one.where) for one in references(config, tokenizer, target=section.b == "sft_target")]
 
 
-def questions_of(config: Config, pair: Pair) -> list[Question]:
-    sides = orders(pair, one_order=config.judge.one_order, seed=config.run.seed)
-    return [question_of(pair, prompt=_prompt(config), a=a, fence=config.judge.fence) for a in sides]
-
-
-def outcome_in(questions: list[Question], log: VerdictLog) -> Outcome:
-    return outcome_of([winner_of(question, log.verdicts.get(question.key)) for question in questions])
-
-
 def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> None:
     distinct = {question.key for question in questions}
     known = len(distinct & set(log.verdicts))
@@ -170,56 +144,6 @@ def _announce(paired: Paired, questions: list[Question], log: VerdictLog) -> Non
             print(f"{name}: {len(wheres):,} of {books.read:,} completions left out, {cause}: {first}")
 
 
-async def ask(config: Config, questions: list[Question], log: VerdictLog, key: str | None) -> None:
-    section = config.judge
-    budget = _budget(config)
-    assert section.model is not None  # checked with the configuration
-    endpoint = Endpoint(
-        section.base_url,
-        key,
-        model=section.model,
-        temperature=section.temperature,
-        max_tokens=section.max_tokens,
-        limit_name=section.limit_name,
-        timeout=section.timeout,
-    )
-    keys, before = {question.key for question in questions}, len(log.verdicts)
-    known = len(keys & set(log.verdicts))
-    with reported("judge", total=len(keys), unit="questions") as task:
-        task.advance(known)
-
-        def settled() -> None:
-            task.advance(known + len(log.verdicts) - before - task.done, note=_spent(budget, log))
-
-        try:
-            await ask_all(
-                questions,
-                endpoint,
-                log,
-                prompt=_prompt(config),
-                max_tokens=section.max_tokens,
-                concurrency=section.concurrency,
-                tries=section.tries,
-                budget=budget,
-                settled=settled,
-            )
-        finally:
-            await endpoint.close()
-
-
-def _budget(config: Config) -> Budget:
-    section = config.judge
-    caps = {"requests": section.max_requests, "tokens": section.max_spent_tokens, "cost": section.max_cost}
-    prices = {"price_read": section.price_in * PER, "price_written": section.price_out * PER}
-    return Budget(**{name: float(cap) for name, cap in caps.items() if cap is not None}, **prices)
-
-
-def _spent(budget: Budget, log: VerdictLog) -> str:
-    cost = f", cost {budget.cost_of(log.spent):,.2f}" if budget.price_read or budget.price_written else ""
-    faults = f", {sum(log.faults.values()):,} faults" if log.faults else ""
-    return f"{sum(log.spent):,} tokens{cost}{faults}"
-
-
 def _write(
     folder: Path,
     config: Config,
@@ -229,7 +153,7 @@ def _write(
     injected: list[dict[str, str | int]],
     log: VerdictLog,
 ) -> None:
-    section, budget = config.judge, _budget(config)
+    section, budget = config.judge, budget_of(config)
     points = win_rates(paired.pairs, outcomes)
     rows = [columns(point) for point in points]
     with writing(folder / "pairs.jsonl") as file:
@@ -265,7 +189,7 @@ def _write(
     write_json(folder / "report.json", report)
     if any(point.win_rate.pairs for point in points):
         plot_win_rates(points, folder / "win_rates.png", x=section.by, baseline=BASELINES.get(section.b, Path(section.b).name))
-    _tell(points, report, _spent(budget, log), folder)
+    _tell(points, report, spent_words(budget, log), folder)
 
 
 def _first_preferred(asked: Sequence[Sequence[Question]], log: VerdictLog) -> dict[str, float] | None:

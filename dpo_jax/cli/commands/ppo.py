@@ -13,26 +13,24 @@ from typing import Any
 
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.commands.export import write_model, writer
-from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method, refuse_bfloat16
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import has_true_reward, make_world, sized
+from dpo_jax.cli.exports import write_model, writer
 from dpo_jax.cli.frontier_runs import classifier_name
+from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
+from dpo_jax.cli.rewards import learned_reward
+from dpo_jax.cli.starting_policy import refuse_bfloat16
 from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import planned
-from dpo_jax.evals.reward_functions import Reward
-from dpo_jax.lab.reward_model import RewardModel, load_head
 from dpo_jax.lab.world import LEARNED, World
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.plotting.training_curves import plot_training
-from dpo_jax.reward_model import HEAD, with_scalar_head
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.training.fingerprint import architecture, check_settings
-from dpo_jax.untrusted import Unreadable
 
 
 def run(config: Config) -> int:
@@ -110,19 +108,3 @@ def _settings(config: Config) -> dict[str, Any]:
         "ppo.target_kl": config.ppo.target_kl,
         "ppo.reward_model": None if path is None else files_digest(resolve(path))[0],
     }
-
-
-def learned_reward(config: Config, path: str, *, name: str, batch: int) -> Reward:
-    """The reward in a folder of `dpo-jax reward-model`. `name` is the option that `path` comes from."""
-    tokenizer = build.tokenizer_of(config, model_path=path, name=name)
-    model = build.policy_model(config, path, tokenizer, name=name)
-    try:
-        head = load_head(resolve(path), width=model.config.width)
-    except Unreadable:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{name}: {path}: {error}") from error
-    partitioner = build.make_partitioner(config, with_scalar_head(model))
-    variables, _ = build.load_weights(path, model, partitioner, name=name)
-    variables = {**variables, **partitioner.put_variables({HEAD: head})}
-    return RewardModel(partitioner, model).of_texts(variables, tokenizer, batch=batch, bos=config.data.bos)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import dpo_jax.report.sections as sections
-from dpo_jax.cli.commands.report_files import HTML, IMAGES, MARKDOWN, earlier_images
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.report_files import HTML, IMAGES, MARKDOWN, earlier_images
 from dpo_jax.data.terminal import printable
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest

@@ -14,11 +14,11 @@ import functools
 from typing import Any
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.frontier import refuse_bfloat16
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import FAST, sized
 from dpo_jax.cli.robust import noise, overoptimisation, shift
 from dpo_jax.cli.robust.runs import runs_of
+from dpo_jax.cli.starting_policy import refuse_bfloat16
 from dpo_jax.lab import report
 from dpo_jax.lab.robust import COLUMNS, rows
 from dpo_jax.lab.robust_plot import plot_curves

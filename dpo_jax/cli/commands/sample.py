@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from dpo_jax.cli import build
-from dpo_jax.cli.commands.ppo import learned_reward
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.images import say_once, vision_of
 from dpo_jax.cli.model_folders import refuse_other_lines
 from dpo_jax.cli.prompts import ARTICLE_CUE, Prompt, held_out_prompts, is_chat, prompts_of_file
+from dpo_jax.cli.rewards import learned_reward
 from dpo_jax.data.display import shown_prompt
 from dpo_jax.data.encode import PromptImages, Truncation, cut_prompt, token_ids, with_bos
 from dpo_jax.data.terminal import json_text, printable, raw

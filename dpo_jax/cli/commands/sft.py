@@ -11,8 +11,8 @@ import numpy as np
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import sft_card
-from dpo_jax.cli.commands.export import write_exact, writer
 from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.exports import write_exact, writer
 from dpo_jax.cli.images import encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs

@@ -53,7 +53,7 @@ def reward_packages(check: Check) -> None:
 
 def bench_packages(check: Check) -> None:
     """Packages needed by the contenders of `bench`."""
-    from dpo_jax.cli.commands.bench_contenders import contenders, need
+    from dpo_jax.cli.bench_contenders import contenders, need
 
     if check.config.bench.sampling is not None:
         need(check.config, ["torch"], option="bench.sampling")

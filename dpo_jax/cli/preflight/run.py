@@ -12,9 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dpo_jax.cli import finished, fixed, identity, model_folders
+from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.commands.agree_files import judge_files, key_file, rating_files
-from dpo_jax.cli.commands.report_files import earlier_images
 from dpo_jax.cli.config import GENERATED, Config, ConfigError, load_config
 from dpo_jax.cli.preflight.devices import compiler, devices, plan, training
 from dpo_jax.cli.preflight.experiments import control, dialogue, diffusion, robust, scenes
@@ -23,6 +22,7 @@ from dpo_jax.cli.preflight.models import model, targets, template, tokenizer
 from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
+from dpo_jax.cli.report_files import earlier_images
 from dpo_jax.shapes import fit
 from dpo_jax.training.fingerprint import check_same_data, check_settings, data_changes
 from dpo_jax.untrusted import Unreadable, read_object

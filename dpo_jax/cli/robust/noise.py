@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.robust.runs import REFERENCE, unflipped
 from dpo_jax.cli.robust.setup import Setup, per_prompt
+from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.frontier import Optimum, optimum
 from dpo_jax.lab.methods import PairData, PairMethod

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.lab import numbers
 from dpo_jax.cli.robust.runs import at_width
 from dpo_jax.cli.robust.setup import Setup, per_prompt
+from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.frontier import best_of_n

@@ -16,10 +16,10 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.commands.frontier import first_kl_coef, ppo_method
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import encode_samples, labelled_samples, make_world, of_training, prompts_of
 from dpo_jax.cli.frontier_runs import AS_SAMPLED, classifier_name, digests_of_data
+from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
 from dpo_jax.cli.robust.runs import families
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.tokenizer import tokenizer_digest

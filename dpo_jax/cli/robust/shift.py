@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.cli.commands.frontier import make_reference
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import prompts_of
 from dpo_jax.cli.robust.runs import FAMILIES, REFERENCE, families
 from dpo_jax.cli.robust.setup import Setup
+from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
