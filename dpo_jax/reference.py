@@ -207,11 +207,12 @@ class ReferenceCache:
         stored = self._stored_identity()
         for path in self._files():
             size, start = path.stat().st_size, self._read_to.get(path.name, 0)
+            size -= size % RECORD.itemsize  # half a record at the end belongs to a process that was killed
             if size == start:
                 continue
             with open(path, "rb") as file:
                 file.seek(start if start < size else 0)  # shorter: another process has repaired it
-                self._believe(file.read())
+                self._believe(file.read(size - file.tell()))
             self._read_to[path.name] = size
         return stored["records"] if stored else {}
 
@@ -265,8 +266,14 @@ def _digest(identity: Mapping[str, Any], records: Mapping[str, int]) -> str:
 
 
 def _append(path: Path, content: bytes) -> int:
-    """Appends all of `content` or, on a full disk, nothing: half a record would corrupt the next. Returns the size."""
-    size = path.stat().st_size if path.exists() else 0
+    """Appends all of `content` or, on a full disk, nothing: half a record would corrupt the next. Returns the size.
+
+    Half a record at the end is removed: another process was killed while it appended.
+    """
+    found = path.stat().st_size if path.exists() else 0
+    size = found - found % RECORD.itemsize
+    if size < found:
+        os.truncate(path, size)
     try:
         with appending(path, "ab") as file:
             file.write(content)

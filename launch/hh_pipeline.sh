@@ -73,7 +73,16 @@ command_of() {
   program=("$dpo_jax" "$1" "$config" --run.dir "$run_dir" ${options[@]+"${options[@]}"})
 }
 
-done_before() { [ -f "$run_dir/pipeline/$1.done" ] && [ "$(<"$run_dir/pipeline/$1.done")" = "$(asked)" ]; }
+done_before() { [ -f "$run_dir/pipeline/$1.done" ] && [ "$(<"$run_dir/pipeline/$1.done")" = "$(asked)" ] && made_by "$1"; }
+
+# Whether what a step makes is still there.
+made_by() {
+  case $1 in
+    sft | dpo) [ -f "$run_dir/$1/export/config.json" ] || [ -f "$run_dir/$1/export/adapter_config.json" ] ;;
+    eval) [ -f "$run_dir/eval/report.json" ] ;;
+    export) [ -f "$run_dir/export/config.json" ] || [ -f "$run_dir/export/adapter_config.json" ] ;;
+  esac
+}
 
 # All steps before the first is taken: an error in the last one would else be found after days.
 check_steps() {
@@ -112,7 +121,7 @@ take() {
     say "$step: done before"
     return
   fi
-  for later in $(users_of "$step"); do rm -f "$run_dir/pipeline/$later.done"; done
+  for later in "$step" $(users_of "$step"); do rm -f "$run_dir/pipeline/$later.done"; done
   say "$step: $(quoted "${program[@]}")"
   supervised "${program[@]}" || code=$?
   case $code in

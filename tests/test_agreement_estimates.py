@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from test_agreement import judged
 
-from dpo_jax.evals.preference import wilson_interval
+from dpo_jax.evals.intervals import wilson_interval
 from dpo_jax.study.agreement import (
     among_people,
     cohen_kappa,

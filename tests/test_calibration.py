@@ -21,7 +21,8 @@ from dpo_jax.evals.calibration import (
     reward_variants,
 )
 from dpo_jax.evals.calibration_plot import plot_reliability
-from dpo_jax.evals.preference import preference_summary, score_interval, wilson_interval
+from dpo_jax.evals.intervals import score_interval, wilson_interval
+from dpo_jax.evals.preference import preference_summary
 from dpo_jax.evals.rewardbench import CODE, MATH, SECTIONS, SUBSETS, is_rewardbench, section_scores
 from dpo_jax.losses import dpo_loss
 

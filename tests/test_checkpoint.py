@@ -284,6 +284,9 @@ def test_no_step_that_verifies_is_an_error_and_not_a_fresh_start(copy):
     with pytest.raises(CheckpointDamaged, match=r"steps \[20, 10\], now in .*quarantine"):
         restored(copy)
     assert quarantined(copy) == ["10-0", "20-0"]
+    with pytest.raises(CheckpointDamaged, match=r"only steps \[10, 20\] in .*quarantine.*to train from the beginning, delete"):
+        restored(copy)  # as by an automatic restart
+    shutil.rmtree(copy / "quarantine")
     assert restored(copy) is None
 
 

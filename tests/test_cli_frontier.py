@@ -26,7 +26,7 @@ from dpo_jax.cli.rewards import learned_reward
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evals.frontier import optimum
-from dpo_jax.evals.preference import by_prompt, score_interval
+from dpo_jax.evals.intervals import by_prompt, score_interval
 from dpo_jax.evals.reward_functions import vader_lexicon
 from dpo_jax.lab import report
 from dpo_jax.lab.methods import PairMethod, pair_data

@@ -15,11 +15,12 @@ from tiny_run import copy as copy
 from tiny_run import done as done
 
 from dpo_jax.cli import build, splits
-from dpo_jax.cli.commands.dpo import TOLERANCE, WrongStart, loss_at_reference, starts_at_reference
+from dpo_jax.cli.commands.dpo import loss_at_reference
 from dpo_jax.cli.config import DpoConfig, load_config
 from dpo_jax.evals.preference import preference_summary
 from dpo_jax.reference import ReferenceCache
 from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.training.start_check import TOLERANCE, WrongStart, starts_at_reference
 
 
 def test_a_policy_that_is_missing_comes_with_a_hint(done, tmp_path):

@@ -199,7 +199,10 @@ def test_checkpoints_of_which_none_verifies_are_not_trained_over(copy):
     for path in (copy / "dpo" / "checkpoints").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
+    rows = read_metrics(copy / "dpo" / "metrics.jsonl")
     assert "no checkpoint verifies (steps [8, 6], now in" in refused(74, "dpo", copy.config)
+    assert "there are only steps [6, 8] in" in refused(74, "dpo", copy.config)  # as a scheduler would start it again
+    assert read_metrics(copy / "dpo" / "metrics.jsonl") == rows
 
 
 def test_a_run_stopped_during_its_last_step_is_judged_when_it_is_started_again(done, copy):

@@ -8,14 +8,8 @@ import pytest
 from test_step import random_pairs
 
 from dpo_jax.data.loader import in_order, plan_layout
-from dpo_jax.evals.preference import (
-    NonFiniteLogps,
-    held_out_logps,
-    mean_with_error,
-    preference_summary,
-    score_interval,
-    wilson_interval,
-)
+from dpo_jax.evals.intervals import mean_with_error, score_interval, wilson_interval
+from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, preference_summary
 from dpo_jax.losses import dpo_loss, ipo_loss
 
 DPO = functools.partial(dpo_loss, beta=0.1)

@@ -85,6 +85,22 @@ def test_a_file_more_is_a_change(folder, new):
     assert finished(folder).steps() is None
 
 
+def test_files_behind_a_linked_folder_are_compared(folder):
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere" / "a.jsonl").write_text("one")
+    (folder / "elsewhere" / "loop").symlink_to(folder / "data", target_is_directory=True)
+    (folder / "data" / "train").symlink_to(folder / "elsewhere", target_is_directory=True)
+    finished(folder).record()
+    assert finished(folder).steps() == 8
+    (folder / "elsewhere" / "a.jsonl").write_text("two")
+    assert finished(folder).steps() is None
+
+
+def test_a_readme_among_the_inputs_counts(folder):
+    (folder / "data" / "README.md").write_text("new")
+    assert finished(folder).steps() is None
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -199,6 +199,25 @@ def test_resume_forgets_what_came_later_and_continues(tmp_path):
     assert [row["loss"] for row in rows if "loss" in row] == [0, 1, 3, 6, 10, 15]
 
 
+def test_rows_of_a_run_that_starts_over_are_kept_aside(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n')
+    with records.MetricsLog(path) as log:
+        log.resume(0)
+    assert path.read_text() == ""
+    assert (tmp_path / "quarantine" / "metrics.jsonl-0").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert "the run starts over; the rows of the run before are now" in caplog.text
+
+
+def test_missing_rows_of_earlier_steps_are_told(tmp_path, caplog):
+    """A run that continues on another machine, from checkpoints in a bucket, has none of them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 2}\n')
+    with records.MetricsLog(path) as log:
+        log.resume(3)
+    assert f"{path}: rows of 2 of the first 3 steps are missing" in caplog.text
+
+
 def test_a_broken_line_is_named_and_costs_no_other_row(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     before = '{"step": 0}\n{"step\n{"step": 2, "eval/loss": null}\n{"step": 2}\n'

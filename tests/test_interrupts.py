@@ -79,13 +79,29 @@ def end(process):
         process.kill()
 
 
+@pytest.mark.parametrize("command", ["refs", "audit"])
+def test_a_reader_who_goes_away_ends_only_commands_that_print(tmp_path, command):
+    """As by `| tee log`, when tee is killed. A training run must not end with code 0 halfway."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run", golden=GOLDEN))
+    words = [sys.executable, "-c", "from dpo_jax.cli.main import program; program()", command, config]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([str(word) for word in words], env=environment(), **pipes)
+    process.stdout.close()
+    process.stdout = None
+    code, error = end(process)
+    assert code == 0, error
+    assert ("nobody reads the standard output any more" in error) == (command == "refs")
+    assert any(tmp_path.rglob("logps-*.bin")) == (command == "refs")
+
+
 IMPORTING = ("audit", "dpo_jax.cli.main:_execute", 1)
 ENCODING = ("dpo", "dpo_jax.cli.splits:encode_split", 2)
 COMPILING = ("refs", "compiling:reference_logps", 1)
 REFERENCE = ("refs", "dpo_jax.reference:ReferenceCache.add", 2)
 SAMPLING = ("sample", "compiling:draw", 1)
 EVALUATING = ("eval", "dpo_jax.cli.commands.eval:preference_summary", 1)
-SAVING = ("dpo", "dpo_jax.cli.commands.export:save_hf", 1)
+SAVING = ("dpo", "dpo_jax.cli.exports:save_hf", 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from conftest import GOLDEN
 from tiny_run import call
 
 from dpo_jax.cli import identity, splits
-from dpo_jax.cli.commands.dpo import summary_by_source
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, RunConfig, dump_config, load_config
 from dpo_jax.cli.data_sources import load_files, names_of
 from dpo_jax.cli.main import main
@@ -24,6 +23,7 @@ from dpo_jax.data.pairs import DataError, DataReport, Preference, PreferenceSet
 from dpo_jax.data.prepare import encode_all, encode_targets
 from dpo_jax.data.repeats import find_repeats
 from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.evals.preference import summary_by_source
 from dpo_jax.losses import dpo_loss, kto_loss
 from dpo_jax.reference import ReferenceCache
 from dpo_jax.report.audit import audited

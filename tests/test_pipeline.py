@@ -27,7 +27,16 @@ if [ "${HANG:-}" = "$1" ]; then
   while :; do sleep 0.05; done
 fi
 [ "${FAIL:-}" = "$1" ] && exit "$CODE"
-exit 0
+previous=''
+for word in "$@"; do
+  [ "$previous" != --run.dir ] || run=$word
+  previous=$word
+done
+case $1 in
+  sft | dpo) mkdir -p "$run/$1/export" && touch "$run/$1/export/config.json" ;;
+  eval) mkdir -p "$run/eval" && touch "$run/eval/report.json" ;;
+  export) mkdir -p "$run/export" && touch "$run/export/config.json" ;;
+esac
 """
 # Like dpo-jax it takes SIGINT and SIGTERM, which a shell cannot in the background.
 COUNTS = f"""#!{sys.executable} -S
@@ -142,6 +151,18 @@ def test_what_was_asked_differently_is_done_again(chain):
     chain.calls()
     chain("--data.path", "two")
     assert [words[0] for words in chain.calls()] == STEPS
+
+
+def test_a_step_whose_output_is_gone_or_that_was_begun_differently_is_done_again(chain):
+    chain("--data.path", "one")
+    (chain.run_dir / "eval" / "report.json").unlink()
+    chain.calls()
+    chain("--data.path", "one")
+    assert [words[0] for words in chain.calls()] == ["eval"]
+    chain("--data.path", "one", "--steps", "eval", "--run.seed", "2", FAIL="eval", CODE="137")
+    chain.calls()
+    chain("--data.path", "one")  # what the other attempt left is not taken for the result of this command
+    assert [words[0] for words in chain.calls()] == ["eval"]
 
 
 @pytest.mark.parametrize("code", [65, 143])

@@ -1,5 +1,6 @@
 """The reference cache gives back what was computed, or says why it cannot, whatever happened to its files."""
 
+import dataclasses
 import functools
 import json
 import random
@@ -122,6 +123,18 @@ def test_what_was_added_survives_a_tear_in_the_middle_of_a_record(filled):
     again = opened(filled)
     assert (len(again), again.damaged) == (13, 0)
     np.testing.assert_array_equal(again.lookup(PAIRS), VALUES)
+
+
+def test_a_tear_that_another_process_left_does_not_spoil_what_follows(filled):
+    cache = opened(filled)
+    path = filled / "logps-00000.bin"
+    with open(path, "ab") as file:  # it shares the file, and was killed while it appended
+        file.write(b"torn record")
+    more = [dataclasses.replace(pair, prompt=np.append(pair.prompt, 7).astype(np.int32)) for pair in PAIRS[:4]]
+    cache.add(more, VALUES[:4])
+    again = opened(filled)
+    assert (len(again), again.damaged) == (17, 0)
+    np.testing.assert_array_equal(again.lookup(more), VALUES[:4])
 
 
 @pytest.mark.parametrize("kept", [0, 9, None])

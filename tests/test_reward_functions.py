@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dpo_jax.data import reviews
-from dpo_jax.evals.preference import score_interval
+from dpo_jax.evals.intervals import score_interval
 from dpo_jax.evals.reward_functions import (
     LinearReward,
     exact_reviews,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_jax.evals.preference import score_interval, wilson_interval
+from dpo_jax.evals.intervals import score_interval, wilson_interval
 from dpo_jax.judge.questions import Pair
 from dpo_jax.judge.win_rates import EDGE, columns, length_controlled, rate, win_rate, win_rates
 from dpo_jax.judge.win_rates_plot import plot_win_rates

@@ -11,7 +11,7 @@ from dpo_jax.writing import FULL, error_number, with_causes
 
 EXIT_CODES = (
     ("dpo_jax.cli.config.file", "ConfigError", 2),
-    ("dpo_jax.cli.commands.dpo", "WrongStart", 2),
+    ("dpo_jax.training.start_check", "WrongStart", 2),
     ("dpo_jax.runtime.chips", "TopologyError", 2),
     ("dpo_jax.reference", "ForeignCache", 2),
     ("dpo_jax.runtime.checkpoint", "StateMismatch", 2),

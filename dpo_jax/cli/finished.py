@@ -14,7 +14,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ RECORD = "finished.json"
 VERSION = 1
 HASHED_BYTES = 256 * 2**20
 MOST_FILES = 10_000
+LOCK = "run.lock"
 # Model cards change when `dpo-jax eval` runs; locks and these two are not results of training.
-NOT_COMPARED = {"README.md", "run.lock", RECORD}
+NOT_COMPARED = {"README.md", LOCK, RECORD}
 ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
 
 
@@ -85,7 +87,7 @@ class FinishedRun:
             "settings": _settings(self._config, self._sections),
             "made_by": packages() | {"code": _code()},
             "inputs": _identities(self._inputs or ()),
-            "outputs": _identities(outputs),
+            "outputs": _identities(outputs, without=NOT_COMPARED),
             "cards": [path.is_file() for path in (run.card, run.export / run.card.name)],
         }
 
@@ -142,9 +144,20 @@ def _steps(run: RunDir) -> int | None:
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files and, of folders, all files within but locks, also those of linked folders."""
     for path in paths:
-        within = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if not file.is_dir())
-        yield from (file for file in within if file.name not in NOT_COMPARED)
+        yield from [path] if not path.is_dir() else _within(path, seen={os.path.realpath(path)})
+
+
+def _within(folder: Path, *, seen: set[str]) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name == LOCK:
+            continue
+        if not entry.is_dir():
+            yield entry
+        elif (real := os.path.realpath(entry)) not in seen:  # a link may lead back
+            seen.add(real)
+            yield from _within(entry, seen=seen)
 
 
 def _stamps(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
@@ -154,8 +167,8 @@ def _stamps(paths: Iterable[Path]) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def _identities(paths: Iterable[Path]) -> dict[str, str]:
-    files = list(_files(paths))
+def _identities(paths: Iterable[Path], *, without: Collection[str] = ()) -> dict[str, str]:
+    files = [file for file in _files(paths) if file.name not in without]
     with ThreadPoolExecutor(8) as pool:  # hashlib releases the interpreter lock
         return dict(zip(map(str, files), pool.map(_identity, files), strict=True))
 

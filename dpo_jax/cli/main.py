@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
 import os
@@ -47,6 +48,10 @@ from dpo_jax.runtime.signals import Terminated, ending_at_once, leave, run_progr
 from dpo_jax.untrusted import LIMITS
 from dpo_jax.writing import naming_errors
 
+STDOUT = "standard output"
+ONLY_PRINT = {"audit", "plan", "sample"}
+"""Commands that end, with code 0, once nobody reads what they print; others go on, because they write files."""
+
 
 def main(args: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. `args` defaults to the command line."""
@@ -61,10 +66,6 @@ def _ended(args: list[str]) -> int:
         return _run(args)
     except SystemExit as stop:  # from tyro: --help (0) or a wrong flag (2)
         return stop.code if isinstance(stop.code, int) else 2
-    except BrokenPipeError:  # `dpo-jax audit ... | head`: the reader has seen enough
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Terminated:
         print("\ndpo-jax: stopped by SIGTERM", file=sys.stderr)
         return 143
@@ -72,11 +73,34 @@ def _ended(args: list[str]) -> int:
         print("\ndpo-jax: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # `dpo-jax audit ... | head`
+            with contextlib.suppress(OSError):
+                _to_nowhere(sys.stdout)
+            return 0
         code = exit_code(error)
         if code == 1 or _traceback_wanted():
             raise
         print(f"dpo-jax: {message(error)}", file=sys.stderr)
         return code
+
+
+def _to_nowhere(stream: Any) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _outliving_its_reader(stream: Any) -> None:
+    """Makes a stream go to nowhere once nobody reads it (`dpo-jax dpo ... | tee`, and tee is killed): the work goes on."""
+    write, flush = stream.write, stream.flush
+
+    def attempted(work: Any, *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except BrokenPipeError:
+            _to_nowhere(stream)
+            print("dpo-jax: nobody reads the standard output any more; the command goes on without it", file=sys.stderr)
+            return work(*arguments)
+
+    stream.write, stream.flush = functools.partial(attempted, write), functools.partial(attempted, flush)
 
 
 def _traceback_wanted() -> bool:
@@ -246,7 +270,9 @@ def program() -> NoReturn:
     """Entry point of `dpo-jax`: runs `main` on the command line and ends the process with its exit code."""
     sys.excepthook = _uncaught
     if sys.stdout is not None:
-        naming_errors(sys.stdout, "standard output")
+        naming_errors(sys.stdout, STDOUT)
+        if sys.argv[1:2] and sys.argv[1] in {*COMMANDS} - ONLY_PRINT:
+            _outliving_its_reader(sys.stdout)
     run_program(main)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -195,6 +197,7 @@ def train(
         build.describe(run, config, *data.reports)
         if hosts.is_first() and (plan.saved is None or plan.saved.step < plan.steps):
             run.card.unlink(missing_ok=True)  # it describes the weights of fewer steps
+            _set_export_aside(run)
 
     with identity.refusing_mismatch():
         return train_in(
@@ -234,6 +237,16 @@ def train(
             unit=unit,
             shapes=max(1, len(plan.layout.row_counts)),
         )
+
+
+def _set_export_aside(run: RunDir) -> None:
+    """Renames the model that fewer steps gave: until this run ends, no later command may take it for the run's result."""
+    if not run.export.is_dir():
+        return
+    names = (run.export.with_name(f"{run.export.name}-before-{number}") for number in itertools.count(1))
+    aside = next(path for path in names if not os.path.lexists(path))
+    run.export.rename(aside)
+    print(f"note: the model of fewer steps in {run.export} is now {aside}", flush=True)
 
 
 def early_stopping(section: SftConfig | DpoConfig) -> EarlyStopping | None:

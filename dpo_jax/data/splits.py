@@ -25,7 +25,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
     the same rows. In a folder, exactly one of these layouts may hold the split: `{split}.jsonl`, `{split}/*.jsonl`,
     `{split}-00000-of-00002.parquet` (a content hash may follow, and the files may lie one folder below, such as the `data/` of
     a repository of the Hugging Face Hub), `*/{split}.jsonl` (one folder per subset, as in Anthropic HH and SHP), each with any
-    of `SUFFIXES`. Otherwise raises `DataError` saying what was found.
+    of `SUFFIXES`. Names that begin with a dot are skipped. Otherwise raises `DataError` saying what was found.
     """
     source = Path(source)
     if source.is_file():
@@ -49,7 +49,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
     paths = [source / path for path in found]
     _check_shards(source, paths)
     if layout == f"*/{split}":
-        folders = {path.parent for path in source.glob("*/*") if path.is_file() and path.name.endswith(SUFFIXES)}
+        folders = {path.parent for path in source.glob("[!.]*/*") if path.is_file() and path.name.endswith(SUFFIXES)}
         for folder in sorted(folders - {path.parent for path in paths}):
             report.notes.append(f"{readable_name(folder.name)}/ has no file of split {split!r}")
     return [(readable_name(path.relative_to(source)), path) for path in paths]
@@ -62,7 +62,7 @@ def split_names(source: str | Path) -> list[str]:
 
 def splits_of(names: Iterable[PurePath]) -> list[str]:
     """The splits found in file names. A file that only has a number (0000.parquet) is a part of the split of its folder."""
-    data = (path for path in names if path.name.endswith(SUFFIXES) and not path.name.startswith("."))
+    data = (path for path in names if path.name.endswith(SUFFIXES) and not _is_hidden(path))
     return sorted({path.parent.name if (stem := _stem(path)).isdigit() else _split_of(stem) for path in data} - {""})
 
 
@@ -116,13 +116,18 @@ def _names(folder: Path) -> list[PurePath]:
     return [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
 
 
+def _is_hidden(path: PurePath) -> bool:
+    """Whether a name on the path begins with a dot: an unfinished file, an editor's copy, a folder such as .cache."""
+    return any(part.startswith(".") for part in path.parts)
+
+
 def find_names(names: Iterable[PurePath], split: str) -> dict[str, list[PurePath]]:
     """The layouts that hold `split` among files of these names, relative to one folder: layout -> its files, sorted."""
 
     def is_shard(path: PurePath) -> bool:
         return _stem(path) != split == _split_of(_stem(path))
 
-    data = [path for path in names if path.name.endswith(SUFFIXES)]
+    data = [path for path in names if path.name.endswith(SUFFIXES) and not _is_hidden(path)]
     top, below = ([path for path in data if len(path.parts) == depth] for depth in (1, 2))
     layouts = {
         split: [path for path in top if _stem(path) == split],

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import PRIOR, Interval, by_prompt, effective_number, score_interval, wilson_interval
+from dpo_jax.evals.intervals import PRIOR, Interval, by_prompt, effective_number, score_interval, wilson_interval
 from dpo_jax.losses import tied
 from dpo_jax.types import Array
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.evals.preference import Interval
+from dpo_jax.evals.intervals import Interval
 from dpo_jax.head import CHUNK, at_least_float32
 from dpo_jax.types import Array, Model, Rows, Variables
 

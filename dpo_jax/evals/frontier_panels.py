@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dpo_jax.evals.preference import Interval
+from dpo_jax.evals.intervals import Interval
 from dpo_jax.plotting.drawing import End, label_ends, save
 from dpo_jax.plotting.palette import style_of
 

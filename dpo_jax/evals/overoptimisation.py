@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.preference import Interval
+from dpo_jax.evals.intervals import Interval
 from dpo_jax.types import Array
 
 RunName = tuple[str, str, str]  # method, setting, seed

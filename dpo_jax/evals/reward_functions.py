@@ -15,7 +15,7 @@ from dpo_jax.data.encode import Bos, Encoded, ended_ids, token_ids, with_bos
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import round_up
 from dpo_jax.data.template import is_rendered, turn_end
-from dpo_jax.evals.preference import Interval, score_interval
+from dpo_jax.evals.intervals import Interval, score_interval
 from dpo_jax.extras import install_command
 from dpo_jax.types import Array, Rows
 from dpo_jax.untrusted import reading

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_jax.evals.preference import score_interval
+from dpo_jax.evals.intervals import score_interval
 from dpo_jax.judge.questions import Outcome, Pair
 
 Z = 1.959964  # of a 95 % interval

@@ -62,7 +62,10 @@ DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 
 
 class CheckpointDamaged(RuntimeError):
-    """There were checkpoints, but none verified. They are in `quarantine/`; run again to train from the beginning."""
+    """There were checkpoints, but none verified. They are in `quarantine/`, without which a run starts from the beginning."""
+
+
+_TO_START_OVER = "if their files come back, move them out of there; to train from the beginning, delete them"
 
 
 class CheckpointWriteError(OSError):
@@ -194,7 +197,10 @@ class Checkpoints:
             return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
         if damaged:
             where = self.directory if self._read_only else self.directory / QUARANTINE
-            raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); another run would start over")
+            raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); {_TO_START_OVER}")
+        if not steps and not self._read_only and (lost := self._in_quarantine()):
+            where = self.directory / QUARANTINE
+            raise CheckpointDamaged(f"there are only steps {lost} in {where}, which did not verify; {_TO_START_OVER}")
         return None
 
     def steps(self) -> list[int]:
@@ -281,6 +287,11 @@ class Checkpoints:
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         check_leaves(record, leaves)
         return leaves
+
+    def _in_quarantine(self) -> list[int]:
+        folder = self.directory / QUARANTINE
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted({int(found[1]) for name in names if (found := re.fullmatch(r"([0-9]+)(-[0-9]+)?", name))})
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
         """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""

@@ -56,12 +56,17 @@ class MetricsLog:
         """Drops the rows after `step` steps, so that the file has each step once. Called before the first `write`.
 
         Without `evaluated`, an evaluation after `step` steps is dropped too. A damaged line is dropped with a warning that
-        names it, and the original file is then kept in `quarantine/`.
+        names it. The original file is then kept in `quarantine/`, as before a run that starts over. Missing rows of earlier
+        steps cause a warning.
         """
         found = _read(self.path)
         kept = [line for line in found.lines if line.row["step"] < step or (evaluated and _is_before(line.row, step))]
         if found.damaged:
             logger.warning("%s: %s; the file as it was is now %s", self.path, found.words, _set_aside(self.path))
+        elif step == 0 and any(not is_evaluation(line.row) for line in found.lines):
+            logger.warning("%s: the run starts over; the rows of the run before are now %s", self.path, _set_aside(self.path))
+        if missing := step - len({line.row["step"] for line in kept if not is_evaluation(line.row)}):
+            logger.warning("%s: rows of %d of the first %d steps are missing: curves lack them", self.path, missing, step)
         if found.damaged or kept != found.lines[: len(kept)] or not all(line.sealed for line in kept):
             self._file.close()
             write_whole(self.path, b"".join(_sealed(line.row) for line in kept))

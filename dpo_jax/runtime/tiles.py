@@ -4,8 +4,8 @@ An array is divided into tiles by a grid that depends only on its shape and dtyp
 SHA-256 of each tile with its place. So it does not depend on which process holds which tiles or on the order of addition (the
 incremental hash of Bellare and Micciancio 1997): each process adds the tiles it holds, and exchanges 32 bytes per array.
 
-Mesh axes are usually powers of two, and tiles are made by halving. So what a process holds consists of whole tiles: one box or,
-on the torus of a TPU slice, several. Otherwise (three hosts, or shards smaller than a tile) the array is gathered in chunks, and
+Mesh axes are usually powers of two, and tiles are made by halving. So what a process holds consists of whole tiles: one box, or
+on the torus of a TPU slice, several. Otherwise (three hosts, or shards smaller than a tile) the array is gathered in chunks;
 its digest is the same.
 """
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.pairs import Cause, DataError
-from dpo_jax.evals.preference import score_interval
+from dpo_jax.evals.intervals import score_interval
 from dpo_jax.study.ratings import Judgment, Winner
 
 RESAMPLES = 4000

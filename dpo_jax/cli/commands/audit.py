@@ -26,7 +26,7 @@ from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import Overlap, Repeats
 from dpo_jax.data.template import template_parts
 from dpo_jax.data.token_text import token_strings
-from dpo_jax.evals.preference import by_prompt, score_interval
+from dpo_jax.evals.intervals import by_prompt, score_interval
 from dpo_jax.runtime.rundir import write_json
 
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
@@ -117,7 +117,7 @@ def plain(found: Repeats | Overlap) -> dict[str, Any]:
 def longer_wins(differences: np.ndarray, prompts: Sequence[bytes] | None = None) -> dict[str, float]:
     """How often chosen has more tokens, and the accuracy of "the longer one wins" (ties count half; 95 % interval).
 
-    `prompts` identify the prompts, as in `evals.preference.by_prompt`: the interval counts a prompt once.
+    `prompts` identify the prompts, as in `evals.intervals.by_prompt`: the interval counts a prompt once.
     """
     longer, equal = int((differences > 0).sum()), int((differences == 0).sum())
     scores, pairs = (1 + np.sign(differences)) / 2, len(differences)

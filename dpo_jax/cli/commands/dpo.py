@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,21 +20,16 @@ from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.cli.training_samples import sampler_of
-from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.loader import in_order
-from dpo_jax.data.mixture import by_source
 from dpo_jax.dpo import dpo_step
-from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
+from dpo_jax.evals.preference import held_out_logps, summary_by_source
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
 from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.run import steps_of
+from dpo_jax.training.start_check import TOLERANCE, starts_at_reference
 from dpo_jax.types import TrainState
-
-
-class WrongStart(RuntimeError):
-    """The policy does not equal its reference where it should, such as at step 0."""
 
 
 def run(config: Config) -> int:
@@ -128,23 +123,6 @@ def run(config: Config) -> int:
     return 0
 
 
-def summary_by_source(
-    held_out: Sequence[Encoded], logps: np.ndarray, ref_logps: np.ndarray, *, loss: Callable[..., Any]
-) -> dict[str, float]:
-    """`preference_summary` of all held-out pairs, and `NAME/loss` and so on of each source if there are several."""
-
-    def of(places: Any) -> dict[str, float]:
-        options = {"lengths": lengths[places], "desirable": None if labels is None else labels[places]}
-        return preference_summary(logps[places], ref_logps[places], loss=loss, prompts=prompts[places].tolist(), **options)
-
-    lengths, labels, summary = completion_tokens(held_out), labels_of(held_out), {}
-    prompts = np.array([prompt_key(pair) for pair in held_out], object)
-    for source, places in by_source(pair.uid for pair in held_out).items():
-        found = of(places)
-        summary |= {f"{source}/{name}": found[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
-    return {**of(slice(None)), **summary}
-
-
 def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
     """The loss of a policy that equals its reference: ln 2 for DPO. None where that depends on the data."""
     if section.desirable_weight != 1 or section.undesirable_weight != 1:
@@ -156,37 +134,3 @@ def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | No
     # jit compiles one program instead of one for each operation.
     losses, _ = jax.jit(loss)(same, same, **signals)
     return float(np.asarray(losses)[0])
-
-
-# Tolerance in nats between a policy and its own cached log-probabilities: rows of another shape are summed in another order.
-# In bfloat16 a completion's log-probability moves by some tenths of a nat.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}
-
-
-def starts_at_reference(
-    step: int,
-    metrics: Mapping[str, float],
-    *,
-    expected_loss: float | None,
-    tolerance: float,
-    first: bool = True,
-    every: int = 0,
-) -> None:
-    """Raises `WrongStart` unless the policy equals its reference: at step 0 if `first` is set, and after every `every` steps.
-
-    A policy that equals its reference has displacement 0 and the loss `expected_loss` (DPO: ln 2). `expected_loss` is None
-    where the loss uses no reference.
-    """
-    if not (first if step == 0 else every and step % every == 0):
-        return
-    displaced = max(abs(metrics["displacement/chosen"]), abs(metrics["displacement/rejected"]))
-    loss = metrics["loss"] - metrics.get("router/aux_loss", 0.0)  # load balancing does not depend on the reference
-    off = 0.0 if expected_loss is None else abs(loss - expected_loss) / max(1.0, expected_loss)
-    if displaced > tolerance or off > tolerance:
-        remedy = "Delete the reference cache and run `dpo-jax refs` again." if step == 0 else "Delete the folder `references`."
-        raise WrongStart(
-            f"step {step} has loss {loss:.6f}"
-            + (f" where a policy equal to its reference has {expected_loss:.6f}" if expected_loss is not None else "")
-            + f", and is {displaced:.4f} nats from its reference: the cached log-probabilities belong to other weights or "
-            f"other code. {remedy}"
-        )

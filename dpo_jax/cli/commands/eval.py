@@ -27,7 +27,8 @@ from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
-from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, mean_with_error, preference_summary
+from dpo_jax.evals.intervals import mean_with_error
+from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
 from dpo_jax.logps import sequence_logps
 from dpo_jax.reference import reference_logps
 from dpo_jax.report.health import examine_run, repetition

@@ -14,6 +14,7 @@ from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, si
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.template import is_rendered
+from dpo_jax.runtime.hosts import is_first
 
 
 def run(config: Config) -> int:
@@ -21,6 +22,12 @@ def run(config: Config) -> int:
     with build.open_run(config, "label") as run_dir:
         world, _ = make_world(config, train="prompts", test="test_prompts")
         build.describe(run_dir, config)
+        if is_first():  # pairs of an earlier run must not stand beside those of this one
+            for old in (
+                *(f"{split}.jsonl" for split in (config.data.train_split, config.data.test_split)),
+                run_dir.data_report.name,
+            ):
+                (run_dir.path / old).unlink(missing_ok=True)
         key, reports = of_training(config), []
         splits = (
             (config.data.train_split, world.train, key),
