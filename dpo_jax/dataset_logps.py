@@ -25,6 +25,7 @@ def reference_logps_of(
     *,
     layout: Literal["plain", "shared", "packed"] = "plain",
     batch: int = 16,
+    ld_alpha: float = 1.0,
     partitioner: Partitioner | None = None,
     progress: Callable[[int, int], Any] | None = None,
 ) -> np.ndarray:
@@ -38,6 +39,7 @@ def reference_logps_of(
       layout: row layout. "plain" works with every causal model. "packed" is the fastest; "packed" and "shared" need a model
         that honours `k_start`, `k_end` and `positions`: those of `load_hf` do, your own if `check_model` says so.
       batch: pairs per forward pass; bounds memory.
+      ld_alpha: that of `dpo_step`, which needs it in the reference as well.
       partitioner: devices to run on; None: `jax.jit`, where `variables` are. For one of `runtime.parallel`, `variables` must
         have been placed by it.
       progress: called with (pairs done, all pairs) after every batch.
@@ -63,10 +65,10 @@ def reference_logps_of(
     if not len(pairs):
         return np.zeros((0, 2), np.float32)
     if partitioner is None:
-        shards, part, run = 1, (0, 1), functools.partial(_logps, model.forward, model.unembed)
+        shards, part, run = 1, (0, 1), functools.partial(_logps, model.forward, model.unembed, ld_alpha)
     else:
         shards, part = partitioner.row_shards, partitioner.host_part
-        run = partitioner.compile_map(functools.partial(reference_logps, model))
+        run = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=ld_alpha))
     places = places_of(pairs[0])
     shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards * (places if layout == "plain" else 1))
     logps = np.empty((len(pairs), places), np.float32)
@@ -83,6 +85,8 @@ def reference_logps_of(
     return logps
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logps(forward: Callable[..., Any], unembed: Callable[..., Any], variables: Variables, rows: Rows) -> jax.Array:
-    return reference_logps(Model(lambda key: {}, forward, unembed), variables, rows)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _logps(
+    forward: Callable[..., Any], unembed: Callable[..., Any], ld_alpha: float, variables: Variables, rows: Rows
+) -> jax.Array:
+    return reference_logps(Model(lambda key: {}, forward, unembed), variables, rows, ld_alpha=ld_alpha)

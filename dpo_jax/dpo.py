@@ -14,7 +14,7 @@ from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpair
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
-from dpo_jax.whole_batch import linear_loss, with_slopes
+from dpo_jax.whole_batch import linear_loss, mean_of_examples, with_slopes
 
 
 def dpo_step(
@@ -35,7 +35,8 @@ def dpo_step(
     scalars: means over the pairs of the global batch, for the policy *before* the update. Rankings (`ranking_rows`) work the
     same way, as [P, K] with `loss=partial(plackett_luce_loss, beta=0.1)`; so do single completions with a label
     (`Encoded.desirable`), with `loss=partial(kto_loss, beta=0.1)`. Under pmap, pass `axis_name`, or devices drift apart.
-    `ld_alpha` below 1 is LD-DPO of pairs (`pair_sums`), also in `rows.ref_logps`. `router_aux_loss`: see `routing.with_router`.
+    `ld_alpha` below 1 is LD-DPO of pairs (`pair_sums`); compute `rows.ref_logps` with the same one. `router_aux_loss`: see
+    `routing.with_router`.
 
     >>> step = jax.jit(partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1)))
     >>> after, metrics = step(state, rows)
@@ -125,10 +126,8 @@ def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: 
 
 def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
     """Mean number of scored tokens per completion over the global batch, without fillers: float32[P, K], all rows equal."""
-    lengths, weight = completion_lengths(rows), jnp.asarray(rows.weight)
-    sums = (lengths * weight[:, None]).sum(axis=0), weight.sum()
-    total, pairs = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    return jnp.broadcast_to(total / pairs, lengths.shape)
+    lengths = completion_lengths(rows)
+    return jnp.broadcast_to(mean_of_examples(lengths, rows.weight, axis_name), lengths.shape)
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:

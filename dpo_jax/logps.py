@@ -33,7 +33,8 @@ def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     """
     if ld_alpha == 1:
         return slots_to_pairs(_slot_sums(values, rows), rows)
-    if (lengths := completion_lengths(rows)).shape[1] != 2:  # the cache has keys of two completions
+    lengths, labelled = completion_lengths(rows), "desirable" in (rows.extras or {})
+    if lengths.shape[1] != 2 or labelled:  # the cache has keys of two completions
         raise ValueError("ld_alpha compares lengths within a pair: leave it at 1 for rankings and single completions")
     in_slot, (count, _) = _in_slot(rows), rows.tokens.shape
     places = (

@@ -256,6 +256,14 @@ def uses_reference(text: str) -> bool:
     return any(term.loss.reference for term in terms(text))
 
 
+def likelihood_term(text: str) -> str | None:
+    """The first loss of a text that is a likelihood and not a comparison with the reference. None for an invalid text."""
+    try:
+        return next((term.name for term in terms(text) if not term.loss.reference), None)
+    except ValueError:
+        return None
+
+
 def rows_of(text: str) -> RowKind:
     """The kind of example that the losses of a text take; "pairs" for an invalid text.
 

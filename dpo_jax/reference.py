@@ -18,6 +18,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -297,12 +298,29 @@ def fill_cache(
     """Computes the entries of `pairs` that the cache lacks, batch by batch, and returns their number.
 
     `batches(pairs)` lays out the pairs (`loader.in_order`); `logps(rows) -> float32[P, 2]` is the compiled `reference_logps`.
-    Without a cache it computes all of `pairs` and keeps nothing, as on a host that helps another one.
+    Without a cache it computes all of `pairs` and keeps nothing, as on a host that helps another one. A batch is written, and
+    synced to disk, while the next one is computed.
     """
     todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
-    for indices, batch in batches(todo):
-        values, place = logps(batch.rows), batch.index
+
+    def keep(indices: np.ndarray, batch: Batch, values: np.ndarray) -> None:
+        place = batch.index
         if cache is not None:
             cache.add([todo[int(indices[i])] for i in place[place >= 0]], values[place >= 0])
-        progress(batch)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="reference-cache") as writer:
+        written: list[tuple[Future[None], Batch]] = []
+        for indices, batch in batches(todo):
+            values = logps(batch.rows)
+            _await(written, progress)
+            written.append((writer.submit(keep, indices, batch, values), batch))
+        _await(written, progress)
     return len(todo)
+
+
+def _await(written: list[tuple[Future[None], Batch]], progress: Callable[[Batch], None]) -> None:
+    """Waits for the batch that is being written, if there is one. Raises its error."""
+    while written:
+        future, batch = written.pop()
+        future.result()
+        progress(batch)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import scored_tokens, sequence_logps
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Metrics, Model, Rows, TrainState, Variables
+from dpo_jax.whole_batch import mean_of_examples
 
 
 def sft_step(
@@ -17,6 +19,7 @@ def sft_step(
     *,
     model: Model,
     tx: optax.GradientTransformation,
+    per_token: bool = False,
     router_aux_loss: float = 0.0,
     microbatches: int = 1,
     axis_name: str | None = None,
@@ -24,7 +27,8 @@ def sft_step(
     """One step of maximum likelihood on completions. Pure, like `dpo_step`; one completion slot is one example.
 
     The loss is that of the original code: the negative log-probability *summed* over a completion, averaged over completions.
-    `nll_per_token` is the same per scored token, in nats. `router_aux_loss`: see `routing.with_router`.
+    `nll_per_token` is the same per scored token of the global batch, in nats. With `per_token` that is the loss, as in TRL: the
+    gradient is smaller by the mean number of scored tokens. `router_aux_loss`: see `routing.with_router`.
 
     >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
     >>> after, metrics = jax.jit(partial(sft_step, model=model, tx=tx))(state, texts)
@@ -32,9 +36,14 @@ def sft_step(
     (1, ['grad_norm', 'logps/chosen', 'loss', 'nll_per_token', 'tokens'])
     """
 
+    if per_token:  # a number of the global batch, which parts of it carry along
+        mean = jnp.broadcast_to(mean_of_examples(scored_tokens(rows), rows.weight, axis_name), rows.weight.shape)
+        rows = rows.replace(extras={**(rows.extras or {}), "mean_tokens": mean})
+
     def of_texts(variables: Variables, rows: Rows, *, model: Model) -> tuple[jax.Array, Metrics]:
         logps = sequence_logps(model, variables, rows)
-        return -logps, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
+        losses = -logps / (rows.extras or {})["mean_tokens"] if per_token else -logps
+        return losses, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
 
     objective = with_router(of_texts, model, coefficient=router_aux_loss, axis_name=axis_name)
     state, metrics = train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)

@@ -54,3 +54,17 @@ def _of_all(x: jax.Array, axis_name: str | None) -> jax.Array:
 def _of_this(x: jax.Array, count: int, axis_name: str | None) -> jax.Array:
     """This device's `count` entries."""
     return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * count, count)
+
+
+def mean_of_examples(values: Array, weight: Array, axis_name: str | None) -> jax.Array:
+    """The weighted mean of `values` [E, ...] over the examples of the global batch, without fillers: [...].
+
+    `axis_name` is that of `train_step`. It is for numbers that a loss needs of the whole batch.
+
+    >>> print(mean_of_examples(np.array([4.0, 2.0, 9.0]), np.array([1.0, 1.0, 0.0]), None))
+    3.0
+    """
+    values, weight = jnp.asarray(values), jnp.asarray(weight)
+    sums = (jnp.tensordot(weight, values, axes=1), weight.sum())
+    total, count = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return total / count

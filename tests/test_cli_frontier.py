@@ -457,7 +457,7 @@ def test_a_prompt_that_is_cut_is_the_text_that_is_left(pieces, capsys):
         (("ppo", "--ppo.target-kl", "0"), "ppo.target_kl: must be greater than 0"),
         (
             ("ppo", "--ppo.reward-model", "{run}/sft/export"),
-            "sft/export: holds no reward_head.safetensors, so it is not a reward",
+            "sft/export: is not a reward model (...ForSequenceClassification",
         ),
         (("ppo", "--ppo.reward-model", "nowhere"), "ppo.reward_model: no model folder nowhere"),
         (("label", "--data.source", "files", "--data.path", "{run}/label"), "frontier.reward: exact is the reward of the gen"),

@@ -147,6 +147,7 @@ def error_of(tmp_path, text):
         ("dpo: {loss: dpo + -1*sft}", "dpo.loss: the weight of sft must be a number above 0, as in dpo . 0.1.sft, got '-1'"),
         ("dpo: {loss: dpo + 0.1*sft, gamma: 1}", "dpo.gamma: loss dpo . 0.1.sft does not read it: .* .simpo."),
         ("dpo: {ld_alpha: 1.5}", "dpo.ld_alpha: must be between 0 and 1, got 1.5"),
+        ("dpo: {ld_alpha: 0.5, loss: dpo + 0.1*sft}", "dpo.ld_alpha: would weigh the tokens of the likelihood in sft as well"),
         ("dpo: {f_divergence: kl}", "dpo.f_divergence: expected one of reverse_kl, forward_kl"),
         ("dpo: {f_alpha: 0.3}", "dpo.f_alpha: belongs to f_divergence alpha_divergence"),
         ("dpo: {rpo_alpha: 1}", "dpo.rpo_alpha: unknown key; instead: dpo.loss as a weighted sum, such as dpo . 0.1.sft"),

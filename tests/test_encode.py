@@ -188,6 +188,20 @@ def test_a_text_that_writes_bos_itself_gets_no_second_one(with_post_processor, b
     assert not encoded.bos_added
 
 
+def test_only_completions_are_cut_on_request(tokenizer):
+    """TRL's `keep_start`: prompt and completion together are cut at their end."""
+    record = {"prompt": "one two three four five", "chosen": " six seven eight nine ten", "rejected": " six"}
+    whole = encode(record, tokenizer, max_length=500, max_prompt_length=1)
+    sizes = [len(ids) for ids in (whole.prompt, whole.chosen, whole.rejected)]
+    found = encode(record, tokenizer, max_length=sizes[0] + 3, max_prompt_length=2, truncation="completions")
+    assert found.prompt.tolist() == whole.prompt.tolist()
+    assert found.chosen.tolist() == whole.chosen[:3].tolist()
+    assert found.rejected.tolist() == whole.rejected[:3].tolist()
+    assert (found.prompt_cut, found.chosen_cut) == (0, sizes[1] - 3)
+    full = encode(record, tokenizer, max_length=sizes[0] - 1, max_prompt_length=2, truncation="completions")
+    assert (len(full.prompt), len(full.chosen), full.chosen_cut) == (sizes[0], 0, sizes[1])
+
+
 @pytest.mark.parametrize("limit", [1, 2, 32])
 @pytest.mark.parametrize("prompt", ["abc " * 99, "<|b|>" + "abc " * 99])
 @pytest.mark.parametrize("truncation", ["keep_end", "keep_start"])

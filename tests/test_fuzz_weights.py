@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save, save_file
 from test_fuzz_models import CONFIGS, MODELS, read
 
 from dpo_jax.cli.config import ConfigError
-from dpo_jax.lab.reward_model import HEAD_FILE, load_head
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
-from dpo_jax.models.tensors import contents
+from dpo_jax.models.scorer import BIAS, read_head
+from dpo_jax.models.tensors import SCORE, contents
 from dpo_jax.models.weights import INDEX, Checkpoint
 from dpo_jax.untrusted import Unreadable
 
@@ -123,18 +123,30 @@ def test_files_of_another_kind_or_name_are_no_weights(llama, tmp_path):
     assert all(np.array_equal(found[name], llama.tensors[name]) for name in llama.tensors)
 
 
-def test_the_head_of_a_reward_model_is_that_of_the_file_or_refused(tmp_path):
-    file = tmp_path / HEAD_FILE
-    head = {"kernel": np.arange(4, dtype=np.float32), "bias": np.array(0.5, np.float32)}
-    good = save(head)
+def test_the_score_of_a_reward_model_is_that_of_the_file_or_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
     refused = 0
-    for mutant in mutations(good, count=mutants(150)):
+    for mutant in mutations(save({SCORE: np.arange(4, dtype=np.float32)[None]}), count=mutants(150)):
         file.write_bytes(mutant)
-        found = read(lambda: load_head(tmp_path, width=4), tmp_path, HEAD_FILE)
-        refused += isinstance(found, Unreadable)
+        found = read(lambda: read_head(tmp_path, {BIAS: 0.5}, width=4), tmp_path, "")
+        refused += not isinstance(found, dict)
         if isinstance(found, dict):
-            written = as_written(mutant)
-            assert all(np.array_equal(found[name], written[name]) for name in ("kernel", "bias"))
+            assert np.array_equal(found["kernel"], as_written(mutant)[SCORE][0])
+            assert found["bias"] == 0.5
     assert refused > 50
-    file.write_bytes(save({"kernel": np.full(4, np.nan, np.float32), "bias": head["bias"]}))
-    assert "not finite" in str(read(lambda: load_head(tmp_path, width=4), tmp_path, HEAD_FILE))
+    file.write_bytes(save({SCORE: np.full((1, 4), np.nan, np.float32)}))
+    assert "not finite" in str(read(lambda: read_head(tmp_path, {}, width=4), tmp_path, SCORE))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"id2label": {"0": "a", "1": "b"}}, "id2label has 2 outputs, but a reward model has one"),
+        ({BIAS: "1"}, f"{BIAS} = '1' is not a finite number"),
+        ({BIAS: float("nan")}, f"{BIAS} = 'nan' is not a finite number"),
+        ({}, "has shape (1, 4); this config.json asks for (1, 5)"),
+    ],
+)
+def test_a_folder_that_is_no_reward_model_says_why(content, message, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(save({SCORE: np.zeros((1, 4), np.float32)}))
+    assert message in str(read(lambda: read_head(tmp_path, content, width=5 if not content else 4), tmp_path, ""))

@@ -19,8 +19,9 @@ from tiny_run import TOY_WORLD, call
 
 from dpo_jax.cli.main import main
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
-from dpo_jax.lab.reward_model import load_head, save_reward_model
-from dpo_jax.models.hf import load_hf
+from dpo_jax.lab.reward_model import save_reward_model
+from dpo_jax.models.hf import load_config, load_hf
+from dpo_jax.models.scorer import read_head
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.stage import Stage
 from dpo_jax.reward_model import HEAD
@@ -217,7 +218,8 @@ def test_labels_a_learned_reward_and_the_optimum_on_two_processes_are_those_of_o
     for split in ("train", "test"):
         assert_close(*(lines_of(tmp_path / run / "label" / f"{split}.jsonl") for run in ("two", "one")))
     assert_same_run(*(tmp_path / run / "reward-model" for run in ("two", "one")), steps=2)
-    heads = [load_head(tmp_path / run / "reward-model" / "export", width=32) for run in ("two", "one")]
+    exports = [tmp_path / run / "reward-model" / "export" for run in ("two", "one")]
+    heads = [read_head(folder, load_config(folder), width=32) for folder in exports]
     np.testing.assert_allclose(heads[0]["kernel"], heads[1]["kernel"], rtol=1e-5, atol=1e-5)
     assert abs(heads[0]["kernel"]).max() > 1e-3
     assert_close(*(json.loads((tmp_path / run / "optimum" / "optimum.json").read_text()) for run in ("two", "one")))

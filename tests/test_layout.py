@@ -95,6 +95,9 @@ def test_values_of_the_caller_follow_the_pairs(name):
     np.testing.assert_array_equal(examples_to_rows(REF, rows), rows.ref_logps)
     weight = np.arange(1, len(PAIRS) + 1, dtype=np.float32)
     weighted = examples_to_rows(weight, rows)
+    fillers = np.asarray(rows.index) < 0
+    assert fillers.any() == (name == "packed")
+    np.testing.assert_array_equal(examples_to_rows(weight, rows, filler=7)[fillers], 7)
     np.testing.assert_array_equal(weighted[rows.index >= 0], weight[rows.index[rows.index >= 0]])
     assert weighted.dtype == np.float32
     assert weighted.sum() == weight.sum()  # fillers have none

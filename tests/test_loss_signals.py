@@ -15,6 +15,7 @@ from test_step import PAIRS, REF, layout, rows_of, toy_model
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import examples_to_rows, plain_rows, ranking_rows
+from dpo_jax.dataset_logps import reference_logps_of
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import named_loss, sum_of_losses, weighted_by_policy
@@ -155,6 +156,18 @@ def expected_ld(pairs, variables, alpha):
     cut = [Encoded(pair.prompt, pair.chosen[:n], pair.rejected[:n]) for pair, n in zip(pairs, shortest, strict=True)]
     whole, shared = (scored(variables, plain_rows(which, length=32)) for which in (pairs, cut))
     return np.asarray(alpha * whole + (1 - alpha) * shared)
+
+
+def test_a_data_set_is_scored_with_the_weight_of_the_step(state):
+    found = reference_logps_of(MODEL, state.variables, PAIRS, ld_alpha=0.3)
+    np.testing.assert_allclose(found, expected_ld(PAIRS, state.variables, 0.3), rtol=1e-5)
+
+
+def test_single_completions_have_no_shorter_partner(state):
+    rows = rows_of("plain")
+    rows = rows.replace(extras={"desirable": np.ones(len(PAIRS), np.float32)})
+    with pytest.raises(ValueError, match="leave it at 1 for rankings and single completions"):
+        completion_logps(MODEL, state.variables, rows, ld_alpha=0.5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])

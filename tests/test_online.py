@@ -40,6 +40,13 @@ def test_the_best_is_paired_with_the_worst():
     assert best.tolist() == every.tolist()
 
 
+def test_an_unusable_text_does_not_cost_the_prompt_its_pair():
+    texts = [[" good", " ok", ""], [" a</s>", " b", " c"], ["", " ", " z"]]
+    pairs, counts = choose_pairs(texts, np.array([[2.0, 1.0, -3.0]] * 3), how="best_worst", eos="</s>")
+    assert pairs.tolist() == [[0, 0, 1], [1, 1, 2]]
+    assert (counts.labelled, counts.empty) == (2, 1)
+
+
 def test_all_pairs_are_those_that_label_makes():
     names: Any = (("all", "argmax"), ("bradley_terry", "bradley_terry"))
     for how, labels in names:

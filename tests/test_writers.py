@@ -156,7 +156,10 @@ def test_metrics_may_have_the_names_of_trl(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TensorBoard", lambda folder: shelf())
     for names, wanted in {
         "own": [{"step": 0, "loss": 0.6, "lr": 0.1}, {"step": 1, "eval/nll_per_token": 2.0, "eval/loss": 9.0}],
-        "trl": [{"step": 0, "train/loss": 0.6, "train/learning_rate": 0.1}, {"step": 1, "eval/loss": 2.0}],
+        "trl": [
+            {"step": 0, "train/loss": 0.6, "train/learning_rate": 0.1, "train/global_step": 1},
+            {"step": 1, "eval/loss": 2.0, "train/global_step": 1},
+        ],
     }.items():
         config, shelf.rows = Config(run=RunConfig(tensorboard=True, metric_names=names)), []
         run = types.SimpleNamespace(path=tmp_path / names)

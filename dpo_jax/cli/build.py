@@ -31,7 +31,7 @@ from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
 from dpo_jax.models.families import decoder_config
-from dpo_jax.models.folder import adapter_base
+from dpo_jax.models.folder import adapter_base, check_kind
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
@@ -178,6 +178,9 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
 def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None, images: bool = False) -> Model:
     decoder, dtype = decoder_config(hf, images=images), PRECISIONS[config.run.precision]
     platform = platform or jax.default_backend()
+    if platform == "tpu" and dtype == jnp.float32:
+        # Kernels of JAX multiply as this says, and by default in bfloat16. It must hold when a backward pass is traced, too.
+        jax.config.update("jax_default_matmul_precision", "highest")
     try:
         asked, pieces = config.model.attention, config.mesh.context
         path = attention_path(asked, platform=platform, config=decoder, dtype=dtype, pieces=pieces)
@@ -218,19 +221,20 @@ def policy_model(
     name: str,
     expected: bool = False,
     images: bool = False,
+    scorer: bool = False,
 ) -> Model:
     """The model of a folder, checked against tokenizer and length limits (and, if `expected`, the sizes in `model`).
 
-    With `images` it is the model that reads images, without its vision encoder. `name` is the option that `path` comes from.
-    Weights are not read yet, so a model that does not fit is refused at once.
+    With `scorer` it must be a reward model, and is its decoder; otherwise it must be none. With `images` it is the model that
+    reads images, without its vision encoder. `name` is the option that `path` comes from. Weights are not read yet, so a model
+    that does not fit is refused at once.
     """
     path = existing(config, path, name)
     with naming_option(name, path):
         hf = load_config(path)
+        check_kind(Path(path), hf, scorer=scorer)
         decoder = decoder_config(hf, where=Path(path, "config.json"), images=images)
-        check_tokenizer(
-            tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None, pad_token_id=hf.get("pad_token_id")
-        )
+        check_tokenizer(tokenizer, decoder.vocab_size, eos_token_id=end_tokens(path) or None)
     check_fit(config, decoder, path, expected=expected)
     return decoder_of(config, hf, images=images)
 

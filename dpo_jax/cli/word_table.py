@@ -88,8 +88,8 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the head is computed in chunks in any case; " + _KERNEL),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
     "neftune_noise_alpha": "noise on embeddings (NEFTune) is not offered",
-    "loss_type": "dpo.loss",
-    "label_smoothing_factor": "dpo.label_smoothing",
+    "loss_type": "dpo.loss; of sft sft.loss, where mean is TRL's nll (dft is not offered)",
+    "label_smoothing_factor": "smoothing of tokens is not offered; dpo.label_smoothing is the share of swapped labels",
     **dict.fromkeys(
         ("ref_model", "ref_model_name_or_path", "reference_model"),
         "dpo.reference; without it the reference is the starting policy, dpo.policy",
@@ -125,13 +125,12 @@ WORDS: Mapping[str, str] = {
     "dataset_test_split": "data.test_split",
     **dict.fromkeys(("streaming", "dataset_streaming"), _STREAMED),
     **dict.fromkeys(("max_completion_length", "max_seq_length"), _LENGTH),
-    "truncation_mode": "data.truncation, which cuts prompts only; keep keep_end. (TRL's keep_start cuts the end of the "
-    "completion.)",
+    "truncation_mode": "data.truncation, where completions is TRL's keep_start, its default; its keep_end is not offered",
     **dict.fromkeys(("padding_free", "group_by_length"), "data.layout packed, which is the default"),
     **dict.fromkeys(
         ("packing", "packing_strategy", "eval_packing"),
-        "data.layout packed, which is the default. A batch counts examples, where TRL's counts packed rows, and a text beyond "
-        "data.max_length is cut, not continued in the next row",
+        "data.layout packed, which is the default. A batch counts examples, where TRL's counts packed rows; a text beyond "
+        "data.max_length is cut, as by TRL's bfd (bfd_split and wrapped are not offered)",
     ),
     **dict.fromkeys(("completion_only_loss", "assistant_only_loss"), _SCORED),
     **dict.fromkeys(("output_dir", "logging_dir", "local_run_dir"), "run.dir"),
@@ -160,7 +159,7 @@ WORDS: Mapping[str, str] = {
     "n_eval_model_samples": "dpo.eval_samples",
     "do_train": "the commands sft and dpo train",
     "do_predict": "dpo-jax sample CONFIG",
-    "report_to": "run.tensorboard, run.wandb, run.trackio",
+    "report_to": "run.tensorboard, run.wandb, run.trackio; others (mlflow, comet, swanlab, clearml) are not offered",
     **dict.fromkeys(("project", "wandb_project"), "run.wandb, run.trackio"),
     "wandb_entity": "WANDB_ENTITY in the environment (wandb reads WANDB_TAGS and its other variables as well)",
     "trackio_space_id": "TRACKIO_SPACE_ID in the environment",
@@ -215,8 +214,9 @@ WORDS: Mapping[str, str] = {
     "simpo_gamma": "dpo.gamma",
     "gamma_beta_ratio": "dpo.gamma, which is this ratio x dpo.beta",
     "use_weighting": "dpo.wpo",
-    "chat_template_path": "tokenizer.chat_template, a file",
-    "eos_token": "the tokenizer's own; change it in its folder",
+    "chat_template_path": "tokenizer.chat_template, a Jinja file; of another model, copy its chat_template.jinja",
+    "eos_token": "the tokenizer's own: change it in tokenizer_config.json of its folder, and add its id to eos_token_id of the "
+    "model's generation_config.json",
 }
 
 _WARM_UP = "constant, with *.warmup_steps or *.warmup_ratio"

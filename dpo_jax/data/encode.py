@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dpo_jax.data.columns import text as text_in
 from dpo_jax.data.special_tokens import ends_in_special
 
-Truncation = Literal["keep_end", "keep_start"]
+Truncation = Literal["keep_end", "keep_start", "completions"]
 Bos = Literal["auto", "always", "never"]
 Side = tuple[np.ndarray, np.ndarray | None]
 """A completion: ids int32[n], and bool[n] marking the scored ones (None: all)."""
@@ -143,7 +143,8 @@ def encode(
     EOS is appended to the completions, except to the sides named in `unended`. `bos` decides whether the prompt begins with BOS
     (`with_bos`). If the prompt and the longer completion exceed `max_length` tokens, the prompt is cut to `max_prompt_length`
     (keeping BOS and its end, or its start). If that is not enough, both completions are cut to
-    `max_length - max_prompt_length`; of a demonstration, to what the prompt leaves of `max_length`. Raises `EosInText` if a
+    `max_length - max_prompt_length`; of a demonstration, to what the prompt leaves of `max_length`. With `truncation`
+    "completions" the prompt stays whole, and completions are cut to what it leaves, if anything. Raises `EosInText` if a
     text contains EOS. Only in a record marked `chat` may EOS end the turns of the prompt. There a completion that the template
     already ended, with EOS or another special token, gets no further EOS (as in TRL).
 
@@ -160,8 +161,8 @@ def encode(
     >>> tokenizer.decode(ids.prompt), tokenizer.decode(ids.chosen)
     ('The film was', ' a delight.<|endoftext|>')
     """
-    if truncation not in ("keep_end", "keep_start"):
-        raise ValueError(f"truncation={truncation!r}: use 'keep_end' or 'keep_start'")
+    if truncation not in (known := get_args(Truncation)):
+        raise ValueError(f"truncation={truncation!r}: use one of {', '.join(map(repr, known))}")
     if not 0 < max_prompt_length < max_length:
         raise ValueError(f"max_prompt_length={max_prompt_length} must lie between 0 and max_length={max_length}")
 
@@ -194,11 +195,11 @@ def encode(
     between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
-    longer = max(map(len, (chosen, *between, rejected)))
-    if len(prompt) + longer > max_length:
+    longer, whole_prompt = max(map(len, (chosen, *between, rejected))), truncation == "completions"
+    if len(prompt) + longer > max_length and not whole_prompt:
         prompt = cut_prompt(prompt, max_prompt_length, tokenizer, truncation=truncation)
     if len(prompt) + longer > max_length:
-        room = max_length - (len(prompt) if get("demonstration") else max_prompt_length)
+        room = max(0, max_length - (len(prompt) if whole_prompt or get("demonstration") else max_prompt_length))
         chosen, *between, rejected = (ids[:room] for ids in (chosen, *between, rejected))
     return Encoded(
         prompt=prompt,

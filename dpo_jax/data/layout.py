@@ -156,16 +156,18 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
     return layout.rows(encoded, ref_logps=ref_logps, at_least=places * at_least)
 
 
-def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
-    """Values of the caller's examples, `values` [n, ...], reordered to match the batch: [E, ...], with 0 for a filler.
+def examples_to_rows(values: Array, rows: Rows, *, filler: float = 0.0) -> np.ndarray:
+    """Values of the caller's examples, `values` [n, ...], reordered to match the batch: [E, ...], with `filler` for a filler.
 
     Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. Use it on the host, before the step:
 
         rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes by keyword
+        rows.replace(extras={"beta": examples_to_rows(beta, rows, filler=0.1)})    one that must not be 0
         rows.replace(weight=examples_to_rows(weight, rows))          a weighted mean
         rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    reference log-probabilities computed later
 
-    Raises ValueError if `rows` hold more examples than `values`.
+    A filler has weight 0, but 0 times the NaN or infinity of a loss that divides by its column is NaN. Raises ValueError if
+    `rows` hold more examples than `values`.
 
     >>> packed = packed_rows(encoded, length=128, pairs_per_row=3)
     >>> packed.index.tolist(), examples_to_rows(np.float32([0.5, 2.0]), packed).tolist()
@@ -175,7 +177,7 @@ def examples_to_rows(values: Array, rows: Rows) -> np.ndarray:
     if index.max(initial=-1) >= len(values):
         raise ValueError(f"{len(values)} values, but the rows hold example number {index.max()}: give one for each example")
     used = (index >= 0).reshape(-1, *(1 for _ in values.shape[1:]))
-    return np.where(used, values[index], values.dtype.type(0))
+    return np.where(used, values[index], values.dtype.type(filler))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -96,10 +97,22 @@ def stream(
 def in_order(
     examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, in order, for evaluation and the reference pass: (which examples, their batch)."""
-    for start in range(0, len(examples), batch):
+    """Every example once, in order, for evaluation and the reference pass: (which examples, their batch).
+
+    The next batch is made in a thread while the caller works on one.
+    """
+
+    def made(start: int) -> tuple[np.ndarray, Batch]:
         indices = np.arange(start, min(start + batch, len(examples)))
-        yield indices, make_batch(examples, indices, layout=layout, batch=batch, part=part)
+        return indices, make_batch(examples, indices, layout=layout, batch=batch, part=part)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as pool:
+        starts = iter(range(0, len(examples), batch))
+        coming = [pool.submit(made, start) for start in itertools.islice(starts, 1)]
+        while coming:
+            here = coming.pop().result()
+            coming = [pool.submit(made, start) for start in itertools.islice(starts, 1)]
+            yield here
 
 
 def make_batch(

@@ -80,6 +80,21 @@ def turn_end(tokenizer: Any) -> str:
     return answered.rpartition("ANSWERED")[2]
 
 
+def same_template(tokenizer: Any, other: Any) -> bool:
+    """Whether two tokenizers write a short conversation alike, also if neither has a chat template."""
+
+    def written(one: Any) -> list[str | None]:
+        if getattr(one, "chat_template", None) is None:
+            return []
+        turns = [_user("ASKED"), _assistant("ANSWERED"), _user("AGAIN")]
+        try:
+            return [_Renderer(one)(turns, generate=True), turn_end(one)]
+        except Unreadable:
+            return []
+
+    return written(tokenizer) == written(other)
+
+
 class _Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

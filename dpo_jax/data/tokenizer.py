@@ -272,20 +272,14 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def check_tokenizer(
-    tokenizer: Any,
-    model_vocab_size: int,
-    *,
-    eos_token_id: int | Sequence[int] | None,
-    pad_token_id: int | None = None,
-) -> None:
+def check_tokenizer(tokenizer: Any, model_vocab_size: int, *, eos_token_id: int | Sequence[int] | None) -> None:
     """Raises ValueError if a tokenizer does not fit a model, before anything is compiled.
 
-    The ids are those of the model's config.json; only `get_vocab()`, `eos_token_id` and `pad_token_id` of the tokenizer are
-    used.
+    The ids are those of the model's files; only `get_vocab()` and `eos_token_id` of the tokenizer are used.
 
-    Errors are a token id outside the model's vocabulary, no EOS, or an EOS or padding token different from the model's (if both
-    state one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up.
+    Errors are a token id outside the model's vocabulary, no EOS, or an EOS token that is none of the model's (if both state
+    one). A model may have more embeddings than the tokenizer has tokens: tables are often rounded up. Padding tokens may
+    differ, because padding has no weight here.
     """
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= model_vocab_size:
@@ -293,13 +287,13 @@ def check_tokenizer(
             f"the tokenizer has token id {largest} ({token!r}), but the model's vocabulary has {model_vocab_size} entries"
             f" (ids 0 to {model_vocab_size - 1}): is this the model's own tokenizer?"
         )
-    if tokenizer.eos_token_id is None:
+    own = tokenizer.eos_token_id
+    if own is None:
         raise ValueError("the tokenizer has no end-of-text token (eos_token), which every completion must end with")
     accepted = [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
-    for name, own, of_model in (
-        ("eos_token_id", tokenizer.eos_token_id, accepted),
-        ("pad_token_id", tokenizer.pad_token_id, None if pad_token_id is None else [pad_token_id]),
-    ):
-        if own is not None and of_model is not None and own not in of_model:
-            shown = of_model[0] if len(of_model) == 1 else list(of_model)
-            raise ValueError(f"{name} is {own} in the tokenizer, but {shown} in the model's config.json")
+    if accepted is not None and own not in accepted:
+        shown = accepted[0] if len(accepted) == 1 else list(accepted)
+        raise ValueError(
+            f"eos_token_id is {own} in the tokenizer, but {shown} in the model's config.json: is this its own tokenizer? "
+            f"If completions are to end with it, add {own} to eos_token_id in the model's generation_config.json"
+        )

@@ -1,4 +1,4 @@
-"""Confidence intervals of means of scores: by Wilson, and for scores that are not all 0 or 1."""
+"""Confidence intervals of means: by Wilson, for scores that are not all 0 or 1, and by Student's t."""
 
 from __future__ import annotations
 
@@ -79,3 +79,14 @@ def mean_with_error(values: Array) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
     values = np.asarray(values, np.float64)
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def student(count: int) -> float:
+    """The 97.5 % quantile of Student's t for the mean of `count` values, at least 2.
+
+    >>> student(2), student(3), student(30)
+    (12.706, 4.303, 2.045)
+    """
+    from scipy.special import stdtrit  # JAX brings it
+
+    return round(float(stdtrit(count - 1, 0.975)), 3)

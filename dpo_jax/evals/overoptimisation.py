@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_jax.evals.intervals import Interval
+from dpo_jax.evals.intervals import Interval, student
 from dpo_jax.types import Array
 
 RunName = tuple[str, str, str]  # method, setting, seed
@@ -83,7 +83,8 @@ RESAMPLES = 1000
 
 
 class GainFit(NamedTuple):
-    """R(d) of a form of `FORMS`, with 95 % intervals. `falls_after` and `reach` are KL in nats per completion."""
+    """R(d) of a form of `FORMS`, with 95 % intervals over prompts and, with several `runs`, over runs. `falls_after` and
+    `reach` are KL in nats per completion."""
 
     form: str
     a: float
@@ -95,6 +96,7 @@ class GainFit(NamedTuple):
     reach: float  # the largest measured KL
     rms: float  # root mean squared residual, in units of the reward
     points: int
+    runs: int
 
     @property
     def falls(self) -> bool:
@@ -114,10 +116,11 @@ def fit_gains(
 ) -> GainFit:
     """Fits R(d) through the origin, by least squares, to the mean over prompts of `gains[P, n]` at `kl[n]` nats.
 
-    `gains` are true rewards minus the reference's on the same prompt. The bootstrap resamples prompts and, if `runs[n]` gives
-    the run (or seed) of each point, also runs, because points of one run share its noise. KL is taken as exact. Points at KL 0
-    carry no information and are left out. Raises ValueError for another form, for shapes that do not agree, or for fewer than
-    two points beyond KL 0.
+    `gains` are true rewards minus the reference's on the same prompt. `runs[n]` is the run (or seed)
+    of each point. A bootstrap over prompts gives their part of the intervals. Points of one run share its noise: each run with
+    two points is also fitted alone, and the scatter of these fits (Student's t) is added in quadrature. KL is taken as exact.
+    Points at KL 0 carry no information and are left out. Raises ValueError for another form, for shapes that do not agree, or
+    for fewer than two points beyond KL 0.
 
     >>> d = np.sqrt(kl := np.array([1.0, 4.0, 9.0]))
     >>> found = fit_gains(kl, np.tile(d * (3 - 0.5 * d), (10, 1)), form="bon", seed=0)
@@ -136,26 +139,27 @@ def fit_gains(
     d = np.sqrt(kl)
     columns = np.stack([d, -d * (d if form == "bon" else np.log(d))])
     a, b = _least_squares(columns, gains.mean(axis=0), np.ones(len(kl)))
-    rng, several, drawn = np.random.default_rng(seed), int(of.max()) + 1, []
-    for _ in range(resamples):
-        prompts = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains))) / len(gains)
-        weights = rng.multinomial(several, np.full(several, 1 / several))[of]
-        drawn.append(_least_squares(columns, prompts @ gains, weights))
-    ends = np.nanquantile(np.array(drawn), [0.025, 0.975], axis=0)
-    # Interpolating a quantile between a number and infinity would give infinity, so quantiles are drawn values.
-    falls = np.quantile([_maximum(one[0], one[1], form) for one in drawn], [0.025, 0.975], method="nearest")
+    rng = np.random.default_rng(seed)
+    shares = rng.multinomial(len(gains), np.full(len(gains), 1 / len(gains)), size=resamples) / len(gains)
+    drawn = [_least_squares(columns, share @ gains, np.ones(len(kl))) for share in shares]
+    alone = [number for number in range(of.max() + 1) if (of == number).sum() > 1]
+    each = [_least_squares(columns, gains.mean(axis=0), of == number) for number in alone]
+    intervals = [_interval((a, b)[i], [one[i] for one in drawn], [one[i] for one in each]) for i in (0, 1)]
+    logs = [[_log(_maximum(one[0], one[1], form)) for one in some] for some in ([(a, b)], drawn, each)]
+    falls = _interval(logs[0][0], logs[1], logs[2])
     residuals = gains.mean(axis=0) - np.array([a, b]) @ columns
     return GainFit(
         form=form,
         a=float(a),
-        a_interval=(float(ends[0, 0]), float(ends[1, 0])),
+        a_interval=intervals[0],
         b=float(b),
-        b_interval=(float(ends[0, 1]), float(ends[1, 1])),
+        b_interval=intervals[1],
         falls_after=_maximum(a, b, form),
-        falls_interval=(float(falls[0]), float(falls[1])),
+        falls_interval=(_exp(falls[0]), _exp(falls[1])),
         reach=float(kl.max()),
         rms=float(np.sqrt(np.mean(residuals**2))),
         points=len(kl),
+        runs=int(of.max()) + 1,
     )
 
 
@@ -163,6 +167,26 @@ def gain_at(fit: GainFit, kl: Array) -> np.ndarray:
     """R(sqrt(kl)) of the fitted curve."""
     d = np.sqrt(np.asarray(kl, np.float64))
     return d * (fit.a - fit.b * (d if fit.form == "bon" else np.log(np.maximum(d, 1e-300))))
+
+
+def _interval(value: float, drawn: Sequence[float], each: Sequence[float]) -> Interval:
+    """95 % interval of a value: quantiles of `drawn` by the bootstrap over prompts, and the scatter of `each` run alone."""
+    # Interpolating a quantile between a number and infinity would give infinity, so quantiles are drawn values.
+    low, high = (float(end) for end in np.quantile(drawn, [0.025, 0.975], method="nearest"))
+    if len(each) < 2:
+        return low, high
+    if not np.isfinite([value, *each]).all():  # some run never falls, or falls at once
+        return min(low, *each), max(high, *each)
+    scatter = student(len(each)) * float(np.std(each, ddof=1)) / math.sqrt(len(each))
+    return value - math.hypot(value - low, scatter), value + math.hypot(high - value, scatter)
+
+
+def _log(kl: float) -> float:
+    return math.log(kl) if kl > 0 else -math.inf
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 700 else math.inf
 
 
 def _least_squares(columns: np.ndarray, values: np.ndarray, weights: np.ndarray) -> np.ndarray:

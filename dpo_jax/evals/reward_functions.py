@@ -163,12 +163,14 @@ def learned(
     batch: int,
     bos: Bos = "auto",
     host_part: tuple[int, int] = (0, 1),
+    pad_token_id: int | None = None,
 ) -> Reward:
     """A reward model as a reward function: `score(rows) -> [R]` reads plain rows of one completion each.
 
     A completion ends as in the pairs that the model was trained on: after a prompt that the chat template wrote
-    (`is_rendered`), as the template ends a turn, otherwise in EOS. `bos` (`data.encode.with_bos`) must be the setting that the
-    model was trained with.
+    (`is_rendered`), with all that the template writes after a turn, as TRL does; otherwise in EOS. `bos`
+    (`data.encode.with_bos`) must be the setting that the model was trained with. Trailing tokens `pad_token_id` are left out:
+    models whose padding token is EOS were trained to score the token before it.
 
     `score` is `reward_model.completion_rewards` with model and variables bound, compiled. It gets `batch` rows at a time, as
     long as the longest text needs, in steps of 16 tokens. With several hosts, each passes its part (`Partitioner.host_part`)
@@ -181,8 +183,10 @@ def learned(
         chat = is_rendered(prompt, tokenizer)
         asked = with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos, chat=chat)
         if chat and tokenizer.eos_token not in completion:
-            return asked, ended_ids(completion + after, tokenizer, chat=True)
-        return asked, np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id))
+            answer = np.concatenate([ended_ids(completion + after, tokenizer, chat=True), _rest(tokenizer)])
+        else:
+            answer = np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id))
+        return asked, answer[: _end(answer, pad_token_id)]
 
     def reward(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
         texts = [encoded(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
@@ -199,16 +203,35 @@ def learned(
 
 
 def with_ends(pairs: Sequence[Encoded], tokenizer: Any) -> list[Encoded]:
-    """The pairs, in which also samples that were cut off end: a reward model reads texts, of which it cannot know this."""
-    ends: dict[bool, np.ndarray] = {}
+    """The pairs as a reward model reads them: with all that the chat template writes after a turn, of which a policy learns
+    only the first token; and also samples that were cut off end, because a reader of texts cannot know this."""
+    rest = _rest(tokenizer)
 
     def whole(pair: Encoded) -> Encoded:
-        if not pair.unended:
+        if not (pair.unended or len(rest)):
             return pair
         chat = is_rendered(tokenizer.decode(pair.prompt), tokenizer)
-        if chat not in ends:
-            ends[chat] = ended_ids(turn_end(tokenizer) if chat else "", tokenizer, chat=True)
-        sides: dict[str, Any] = {side: np.concatenate([getattr(pair, side), ends[chat]]) for side in pair.unended}
-        return dataclasses.replace(pair, **sides, unended=())
+        ends = ended_ids(turn_end(tokenizer) if chat else "", tokenizer, chat=True) if pair.unended else rest
+        more = {side: [*([ends] if side in pair.unended else []), *([rest] if chat else [])] for side in ("chosen", "rejected")}
+        found: dict[str, Any] = {side: np.concatenate([getattr(pair, side), *tails]) for side, tails in more.items()}
+        for side in ("chosen", "rejected"):
+            if (scored := getattr(pair, f"{side}_scored")) is not None:
+                found[f"{side}_scored"] = np.append(scored, np.ones(len(found[side]) - len(scored), bool))
+        return dataclasses.replace(pair, **found, unended=())
 
     return [whole(pair) for pair in pairs]
+
+
+def _rest(tokenizer: Any) -> np.ndarray:
+    """The ids that the chat template writes after the token that ends a turn: often a newline. int32[n], mostly empty."""
+    after = turn_end(tokenizer)
+    if not after:
+        return np.zeros(0, np.int32)
+    every, ended = token_ids(after, tokenizer), ended_ids(after, tokenizer, chat=True)
+    return every[len(ended) :] if every[: len(ended)].tolist() == ended.tolist() else every[:0]
+
+
+def _end(ids: np.ndarray, pad_token_id: int | None) -> int:
+    """The number of ids up to the last one that is not `pad_token_id`."""
+    real = np.flatnonzero(ids != pad_token_id) if pad_token_id is not None else []
+    return int(real[-1]) + 1 if len(real) else len(ids)

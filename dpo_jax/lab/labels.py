@@ -45,7 +45,7 @@ def label_table(
     results: Sequence[Result], optimum: Optimum, *, share: float = SHARE, at: float = WITHIN
 ) -> list[dict[str, Any]]:
     """A row for each method whose points have `labels`: the labels each seed needs to reach `share` at KL `at`, their mean, and
-    its 95 % interval over seeds (Student's t). `labels` is None where a seed does not reach it."""
+    its 95 % interval over seeds (Student's t; None of one seed). `labels` is None where a seed does not reach it."""
     spent = [result for result in results if "labels" in result.points[-1]]
     rows = []
     for method in dict.fromkeys(result.run.method for result in spent):
@@ -59,6 +59,7 @@ def label_table(
         }
         if all(x < math.inf for x in needed):
             found = over_seeds([dict.fromkeys(("x", "x_low", "x_high"), x) for x in needed], "x")
+            found |= {"_low": None, "_high": None} if len(needed) == 1 else {}  # one seed says nothing about others
         else:
             found = dict.fromkeys(("", "_low", "_high"))
         rows.append(row | {f"labels{end}": value for end, value in found.items()})
@@ -70,8 +71,7 @@ def label_words(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"labels for {rows[0]['share']:.0%} of the possible gain at KL {rows[0]['kl']:g} (95 % over seeds):"]
     for row in rows:
         some = ", ".join("not reached" if x is None else f"{x:,.0f}" for x in row["each"])
-        mean = (
-            "" if row["labels"] is None else f"{row['labels']:,.0f} ({row['labels_low']:,.0f} to {row['labels_high']:,.0f}); "
-        )
+        known = row["labels_low"] is not None
+        mean = f"{row['labels']:,.0f} ({row['labels_low']:,.0f} to {row['labels_high']:,.0f}); " if known else ""
         lines.append(f"{row['method']:22}{mean}each seed: {some}")
     return "\n".join(lines)

@@ -127,25 +127,35 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
+CELL = 30  # characters of a column
+
+
 def summary(results: Sequence[Result], optimum: Optimum) -> str:
     """Table of methods by KL as text: reward, and share of the possible gain."""
     table = at_equal_kl(results, optimum)
-    lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>24g}" for at in EQUAL_KL)]
+    mine = {row["method"]: [r for r in results if r.run.method == row["method"]] for row in table}
+    seeds = {method: len({r.run.seed for r in found}) for method, found in mine.items()}
+    policies = {method: sum(len(r.points) for r in found) / seeds[method] for method, found in mine.items()}
+    lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>{CELL}g}" for at in EQUAL_KL)]
     best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]
     trusted = [at <= optimum.reach for at in EQUAL_KL]
     cells = [f"{value:.2f}" + ("" if sure else " (few samples)") for value, sure in zip(best, trusted, strict=True)]
-    lines.append(f"{'the optimum':22}" + "".join(f"{cell:>24}" for cell in cells))
+    lines.append(f"{'the optimum':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     for method in dict.fromkeys(row["method"] for row in table):
         cells = []
         for row in (row for row in table if row["method"] == method):
             low, share, high = (row[f"share_of_gain{end}"] for end in ("_low", "", "_high"))
             percent = "" if share is None else f" ({share:.0%}, {100 * low:.0f} to {100 * high:.0f})"
-            cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}")
-        lines.append(f"{method:22}" + "".join(f"{cell:>24}" for cell in cells))
-    brackets = f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 %"
-    if max((row["seeds"] for row in table), default=0) > 1:
-        brackets += " over prompts and seeds (Student's t)"
-    return "\n".join([*lines, brackets, *_shifted(results, optimum)])
+            few = f" [{row['seeds']} of {seeds[method]}]" if row["seeds"] < seeds[method] else ""
+            cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}{few}")
+        lines.append(f"{f'{method}, {policies[method]:.0f}':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
+    several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
+    brackets = (
+        f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 % over "
+        "prompts" + (f" and seeds (Student's t; seeds: {several})" if several else "")
+    )
+    counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
+    return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
 
 
 def _shifted(results: Sequence[Result], optimum: Optimum) -> list[str]:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from safetensors.numpy import save
 
 from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
@@ -24,8 +23,11 @@ from dpo_jax.evals.reward_functions import Reward, learned, with_ends
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
 from dpo_jax.logps import slots_to_pairs
-from dpo_jax.models.hf import save_hf
-from dpo_jax.models.weights import open_safetensors
+from dpo_jax.models.decoder import make_model
+from dpo_jax.models.families import decoder_config, family_of
+from dpo_jax.models.hf import save_hf, variable_shapes
+from dpo_jax.models.scorer import scorer_settings, without_earlier_head
+from dpo_jax.models.tensors import SCORE
 from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir
@@ -34,11 +36,8 @@ from dpo_jax.step import init_state
 from dpo_jax.training.run import train
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
-from dpo_jax.untrusted import reading
-from dpo_jax.writing import write_whole
 
 HELD_OUT = 10  # the pairs of one prompt in ten are held out to choose the checkpoint
-HEAD_FILE = "reward_head.safetensors"
 
 
 class RewardModel:
@@ -61,11 +60,18 @@ class RewardModel:
             found[group.members] = of_group[: len(group.members)]
         return found
 
-    def of_texts(self, variables: Variables, tokenizer: Any, *, batch: int, bos: Bos = "auto") -> Reward:
-        """Reward function of prompt and completion texts, `batch` at a time, encoded with `bos` like the pairs."""
+    def of_texts(
+        self, variables: Variables, tokenizer: Any, *, batch: int, bos: Bos = "auto", pad_token_id: int | None = None
+    ) -> Reward:
+        """Reward function of prompt and completion texts, `batch` at a time, encoded with `bos` like the pairs.
+
+        The score is read at the last token that is not `pad_token_id`.
+        """
         score = functools.partial(self.score_texts, variables)
         batch, part = round_up(batch, self.partitioner.row_shards), self.partitioner.host_part
-        return learned(score, tokenizer, length=self.model.config.max_positions, batch=batch, bos=bos, host_part=part)
+        length = self.model.config.max_positions
+        how = {"batch": batch, "bos": bos, "host_part": part, "pad_token_id": pad_token_id}
+        return learned(score, tokenizer, length=length, **how)
 
 
 def judged(rewards: np.ndarray) -> dict[str, float]:
@@ -161,35 +167,21 @@ def learn_reward(
     return judge.of_texts(variables, world.tokenizer, batch=world.batch, bos=bos), figures
 
 
-def save_reward_model(path: Path, model: Model, variables: Variables) -> Path:
-    """Writes the decoder as a Hugging Face folder, with the head in a file of its own. `variables` are on the host.
+def save_reward_model(path: Path, model: Model, variables: Variables, *, pad_token_id: int | None = None) -> Path:
+    """Writes a reward model as transformers' `AutoModelForSequenceClassification` reads it (`models.scorer`).
 
-    If there are several hosts, only the first one writes.
+    `variables` are on the host. `pad_token_id` is the tokenizer's padding token, if that is not EOS. If there are several
+    hosts, only the first one writes.
     """
     if not is_first():
         return path
-    (path / HEAD_FILE).unlink(missing_ok=True)  # a kill must not leave an old head beside new weights
-    folder = save_hf(path, model, {"params": variables["params"]})
-    head = {name: np.asarray(array, np.float32) for name, array in variables[HEAD].items()}
-    write_whole(folder / HEAD_FILE, save(head))
-    return folder
-
-
-def load_head(path: Path, *, width: int) -> dict[str, np.ndarray]:
-    """The head in a folder of `save_reward_model`. Raises ValueError if it is missing or has another width.
-
-    Raises `Unreadable`, a ValueError, for a damaged file.
-    """
-    file = path / HEAD_FILE
-    if not file.is_file():
-        raise ValueError(f"holds no {HEAD_FILE}, so it is not a reward model; `dpo-jax reward-model` writes one")
-    opened = open_safetensors(file)
-    with reading(file, remedy="write it again with `dpo-jax reward-model`"):
-        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-        found = {name: (str(part.get_dtype()), tuple(part.get_shape())) for name, part in parts.items()}
-        if found != {"kernel": ("F32", (width,)), "bias": ("F32", ())}:
-            raise ValueError(f"{str(found)[:300]}, but F32 of ({width},) as kernel and of () as bias are expected")
-        head = {name: opened.get_tensor(name) for name in found}
-        if not all(np.isfinite(array).all() for array in head.values()):
-            raise ValueError("holds numbers that are not finite")
-    return head
+    head = variables[HEAD]
+    settings = scorer_settings(
+        family_of(model.config).architecture, bias=float(np.asarray(head["bias"])), pad_token_id=pad_token_id
+    )
+    decoder = make_model(decoder_config({**model.config.hf, **settings}))
+    kept = variable_shapes(decoder)["params"]
+    params = {name: leaf for name, leaf in variables["params"].items() if name in kept}
+    without_earlier_head(path)
+    score = {SCORE: np.asarray(head["kernel"], np.float32)[None]}
+    return save_hf(path, decoder, {"params": params}, settings=settings, others=score)

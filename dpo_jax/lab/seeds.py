@@ -7,18 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from dpo_jax.evals.intervals import student
 from dpo_jax.lab.sweep import Result
-
-
-def student(count: int) -> float:
-    """The 97.5 % quantile of Student's t for the mean of `count` values, at least 2.
-
-    >>> student(2), student(3), student(30)
-    (12.706, 4.303, 2.045)
-    """
-    from scipy.special import stdtrit  # JAX brings it
-
-    return round(float(stdtrit(count - 1, 0.975)), 3)
 
 
 def over_seeds(points: Sequence[Mapping[str, float]], name: str) -> dict[str, float]:

@@ -41,7 +41,8 @@ def kto_loss(
     logps, ref_logps = pairs_of(logps, ref_logps)
     beta, real = check_beta(beta, logps), jnp.asarray(weight)
     mismatched = jax.lax.stop_gradient(logps[:, 1] - ref_logps[:, 1])
-    z0 = jnp.maximum((mismatched * real).sum() / jnp.maximum(real.sum(), 1), 0)
+    total = real.sum()
+    z0 = jnp.where(total > 0, jnp.maximum((mismatched * real).sum() / jnp.where(total > 0, total, 1), 0), 0.0)
     weights = _weights(desirable, desirable_weight, undesirable_weight, logps)
     return _value_loss(logps, ref_logps, desirable, z0, beta) * weights, implicit_rewards(logps, ref_logps, beta=beta)
 

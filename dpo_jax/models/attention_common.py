@@ -66,9 +66,20 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
 
 def keys_twice(x: jax.Array, second: jax.Array | None) -> jax.Array:
     """Keys or values [R, L, K, H] followed by their second copy, if there is one: [R, 2L, K, H]."""
-    if second is None:
-        return x
-    return jnp.concatenate([x, jnp.take_along_axis(x, second[:, :, None, None], axis=1)], axis=1)
+    return x if second is None else jnp.concatenate([x, _reordered(x, second)], axis=1)
+
+
+@jax.custom_vjp
+def _reordered(x: jax.Array, second: jax.Array) -> jax.Array:
+    """Keys or values in the order `second`, which is its own inverse: it turns prompts around. So the gradient is a lookup as
+    well; that of `take_along_axis` is a scatter-add, which is slow and, on GPUs, sums in another order each time."""
+    return jnp.take_along_axis(x, second[:, :, None, None], axis=1)
+
+
+_reordered.defvjp(
+    lambda x, second: (_reordered(x, second), second),
+    lambda second, g: (_reordered(g, second), None),
+)
 
 
 def of_window(stacked: Any, number: jax.Array | None) -> Any:

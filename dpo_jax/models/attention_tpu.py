@@ -25,6 +25,7 @@ from dpo_jax.types import ROW_AXES, Array
 
 LANES = 128  # the kernel's blocks are multiples of it
 BLOCK = 512  # most queries and keys in a block; chosen without a TPU at hand
+OVERHEAD = 370  # a step of the kernel takes some 0.35 us, in which a v5p computes a block of this size; an estimate
 
 
 class Blocks(NamedTuple):
@@ -99,9 +100,17 @@ def _first(active: jax.Array, *, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _padded(length: int) -> tuple[int, int]:
-    """(length rounded up to whole blocks, block size)."""
-    padded = -(-length // LANES) * LANES
-    return padded, next(size for size in range(BLOCK, 0, -LANES) if padded % size == 0)
+    """(length rounded up to whole blocks, block size), for the size that should take the least time.
+
+    A causal row of n blocks computes n (n + 1) / 2 blocks of scores, each as large as a block and with an overhead.
+    """
+
+    def cost(block: int) -> int:
+        count = -(-length // block)
+        return count * (count + 1) * (block**2 + OVERHEAD**2)
+
+    block = min(range(BLOCK, 0, -LANES), key=cost)
+    return -(-length // block) * block, block
 
 
 def _span_bits(keys: int, total: int) -> int:

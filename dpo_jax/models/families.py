@@ -28,6 +28,7 @@ from dpo_jax.models.architectures.smollm3 import SMOLLM3
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.family import Family, Sizes
 from dpo_jax.models.fields import Fields, shown
+from dpo_jax.models.folder import is_scorer
 from dpo_jax.models.hf_settings import Reader
 from dpo_jax.untrusted import LIMITS, Unreadable
 
@@ -51,9 +52,10 @@ def reads_images(hf_config: Mapping[str, Any]) -> bool:
 def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.json", images: bool = False) -> DecoderConfig:
     """Read a Hugging Face configuration (the content of `config.json`, of transformers 4 or 5), which came from `where`.
 
-    A multimodal "gemma3" configuration gives its text model, or with `images` the model that also reads images. Raises
-    `Unreadable`, naming file, field and value, for a missing or impossible value; ValueError for a family, an activation, a
-    rotary scaling or another setting that the decoder does not support.
+    A multimodal "gemma3" configuration gives its text model, or with `images` the model that also reads images; that of a
+    reward model gives the decoder below its score. Raises `Unreadable`, naming file, field and value, for a missing or
+    impossible value; ValueError for a family, an activation, a rotary scaling or another setting that the decoder does not
+    support.
 
     >>> sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
     >>> found = decoder_config({"model_type": "gpt2", **sizes})
@@ -76,6 +78,8 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
     fields = known[family].fields(read)
     if fields["heads"] % fields["kv_heads"]:
         raise Unreadable(f"{where}: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
+    if is_scorer(hf):
+        fields["tied"] = True  # it has no output head, and needs none
     init_std = fields.pop("init_std", None) or read.number("initializer_range", least=0.0, right="a number of at least 0")
     config = DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
     LIMITS.check("model_b", _billions(config), where, what="billion parameters")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from dpo_jax.models.fields import Fields
 from dpo_jax.untrusted import Unreadable, read_object
 
 ADAPTER = "adapter_config.json"
+EARLIER_HEAD = "reward_head.safetensors"  # of reward models, as earlier versions of this package wrote them
 
 
 def is_hub_id(path: str | Path) -> bool:
@@ -37,6 +39,24 @@ def read_config(folder: Path) -> dict[str, Any]:
         refuse_adapter(folder)
         raise FileNotFoundError(f"{file} does not exist; a model folder holds config.json and *.safetensors")
     return read_object(file, remedy="save or fetch it again")
+
+
+def is_scorer(hf: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is that of a sequence classifier, such as a reward model (`models.scorer`)."""
+    names = hf.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
+def check_kind(folder: Path, hf: Mapping[str, Any], *, scorer: bool) -> None:
+    """Raises ValueError unless the folder, with this `config.json`, holds a reward model (`scorer`), or else a language
+    model."""
+    if is_scorer(hf) == scorer:
+        return
+    if not scorer:
+        raise ValueError(f"is a reward model or classifier ({str(hf['architectures'][0])[:80]}), not a language model")
+    if (folder / EARLIER_HEAD).is_file():
+        raise ValueError("was written by an earlier version: the same `dpo-jax reward-model` command writes it again")
+    raise ValueError("is not a reward model (...ForSequenceClassification, with one output); `dpo-jax reward-model` writes one")
 
 
 def name_and_revision(path: str | Path) -> tuple[str, str | None]:

@@ -27,7 +27,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, shares
 from dpo_jax.models.families import decoder_config, family_of
-from dpo_jax.models.folder import ADAPTER, adapter_base, read_config
+from dpo_jax.models.folder import ADAPTER, adapter_base, check_kind, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hf_settings import older_rotary_keys
@@ -79,7 +79,12 @@ def load_hf(
     ('llama', ['params'])
     """
     folder = resolve(path)
-    config = decoder_config(load_config(folder), where=folder / "config.json", images=images)
+    content = load_config(folder)
+    try:
+        check_kind(folder, content, scorer=False)
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}") from error
+    config = decoder_config(content, where=folder / "config.json", images=images)
     path_ = attention_path(attention, platform=jax.default_backend(), config=config, dtype=dtype)
     model = make_model(config, dtype=dtype, remat=remat, attention=path_)
     variables = assemble(variable_shapes(model, param_dtype), read_weights(folder, model), put=jnp.asarray)

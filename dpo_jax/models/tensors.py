@@ -43,16 +43,18 @@ def head_name(config: DecoderConfig) -> str:
     return family_of(config).head
 
 
+SCORE = "score.weight"  # of a reward model: `models.scorer`
 _BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(bias|masked_bias)$|\.rotary_emb\.inv_freq$|\.embed_positions$")
 
 
 def canonical_name(name: str, config: DecoderConfig) -> str | None:
     """The name of a checkpoint tensor in our tables, or None for one that holds no weight of the language model.
 
-    None stands for the causal mask and rotary buffers that older transformers saved, and for the image part of a Gemma 3.
-    Checkpoints saved from the bare trunk lack its prefix (such as the official GPT-2); multimodal ones have an additional one.
+    None stands for the causal mask and rotary buffers that older transformers saved, for the image part of a Gemma 3, and for
+    the score of a reward model. Checkpoints saved from the bare trunk lack its prefix (such as the official GPT-2); multimodal
+    ones have an additional one.
     """
-    if _BUFFERS.search(name):
+    if _BUFFERS.search(name) or name == SCORE:
         return None
     family = family_of(config)
     known = family.rename(name)

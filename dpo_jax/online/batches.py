@@ -28,9 +28,11 @@ class PairBatches(NamedTuple):
         if not self.columns:
             return made
         of_pairs = {name: values[indices].reshape(-1) for name, values in self.columns.items()}
-        extras = {name: examples_to_rows(values, made.rows) for name, values in of_pairs.items()}
-        if "beta" in extras:  # fillers count nothing, but losses that divide by beta would be infinite at 0
-            extras["beta"] = np.where(extras["beta"] == 0, of_pairs["beta"].max(), extras["beta"])
+        # Groups with fewer pairs have a 0 in place of a value, as fillers do; a loss that divides by it would be infinite.
+        extras = {
+            name: np.where((found := examples_to_rows(values, made.rows)) == 0, values.max() * (name == "beta"), found)
+            for name, values in of_pairs.items()
+        }
         return made._replace(rows=made.rows.replace(extras=extras))
 
 

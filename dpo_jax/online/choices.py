@@ -81,12 +81,12 @@ def choose_pairs(
 ) -> tuple[np.ndarray, LabelCounts]:
     """Preference pairs of the K completions of each of N prompts by `rewards[N, K]`: int64[P, 3], and counts of the rest.
 
-    A row is (prompt, chosen, rejected). "best_worst" makes one pair per prompt, of the highest and the lowest reward (the first
-    and the last of equal ones). "all" makes all K (K - 1) / 2 pairs, with the higher reward chosen. "bradley_terry" draws the
-    labels of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which also says which pairs are
-    left out (ties without `keep_ties`, equal texts, blank ones, those that spell `eos`). "soft" makes the pairs of "all"; their
-    loss takes this probability instead of a draw (`soft_labels`). Raises ValueError for shapes that differ and for rewards that
-    are not finite.
+    A row is (prompt, chosen, rejected). "best_worst" makes one pair per prompt: of its usable texts those with the highest and
+    the lowest reward (the first and the last of equal ones). "all" makes all K (K - 1) / 2 pairs: the higher reward is chosen.
+    "bradley_terry" draws the labels of all pairs, with P(first chosen) = sigmoid(r_first - r_second): `data.label.label`, which
+    also says which pairs are left out (ties without `keep_ties`, equal texts, and those with a text that is blank or spells
+    `eos`, which is not usable). "soft" makes the pairs of "all"; their loss takes this probability instead of a draw
+    (`soft_labels`). Raises ValueError for shapes that differ and for rewards that are not finite.
 
     >>> texts = [[" a delight.", " a bore.", " fine."]]
     >>> choose_pairs(texts, np.array([[2.0, -1.0, 0.5]]), how="best_worst")[0]
@@ -97,9 +97,12 @@ def choose_pairs(
     rewards = np.asarray(rewards, np.float64)
     places = np.tile(np.arange(rewards.shape[-1]), (len(rewards), 1))
     if how == "best_worst" and rewards.shape == (len(texts), rewards.shape[-1]) and len(texts):
+        usable = np.array([[bool(text.strip()) and not (eos and eos in text) for text in row] for row in texts])
+        usable |= usable.sum(axis=1, keepdims=True) < 2  # then `label` says why there is no pair
         # The last of the lowest: if all rewards are equal this is a tie of two completions, not one completion twice.
-        worst = rewards.shape[1] - 1 - rewards[:, ::-1].argmin(axis=1)
-        places = np.stack([rewards.argmax(axis=1), worst], axis=1)
+        lowest = np.where(usable, rewards, np.inf)
+        worst = rewards.shape[1] - 1 - lowest[:, ::-1].argmin(axis=1)
+        places = np.stack([np.where(usable, rewards, -np.inf).argmax(axis=1), worst], axis=1)
         rewards = np.take_along_axis(rewards, places, axis=1)
         texts = [[row[int(best)], row[int(worst)]] for row, (best, worst) in zip(texts, places.tolist(), strict=True)]
     elif how not in ("best_worst", "all", "bradley_terry", "soft"):

@@ -122,10 +122,14 @@ class Delivery:
         self._failed = True
 
 
+GLOBAL_STEP = "train/global_step"
+
+
 class AsTrl:
     """A place whose rows get the names of transformers' trainers: "train/loss", "train/learning_rate"; "eval/..." stay.
 
-    The loss of `sft` is then per token, as there. Steps stay ours: the first is 0.
+    The loss of `sft` is then per token, as there. `train/global_step`, the axis of their charts, is that of transformers; a
+    row's own step stays ours, of which the first is 0.
     """
 
     def __init__(self, place: Place) -> None:
@@ -133,6 +137,8 @@ class AsTrl:
 
     def open(self, step: int) -> None:
         self._place.open(step)
+        if isinstance(self._place, Wandb):
+            self._place.use_axis(GLOBAL_STEP)
 
     def write(self, row: Row) -> None:
         self._place.write(named_as_trl(row))
@@ -144,15 +150,19 @@ class AsTrl:
 def named_as_trl(row: Row) -> Row:
     """
     >>> named_as_trl({"step": 7, "loss": 0.6, "lr": 1e-6, "rewards/margins": 0.2})
-    {'step': 7, 'train/loss': 0.6, 'train/learning_rate': 1e-06, 'train/rewards/margins': 0.2}
+    {'step': 7, 'train/loss': 0.6, 'train/learning_rate': 1e-06, 'train/rewards/margins': 0.2, 'train/global_step': 8}
     """
     values = dict(row)
     for prefix in ("", "eval/"):
         if f"{prefix}nll_per_token" in values:
             values[f"{prefix}loss"] = values.pop(f"{prefix}nll_per_token")
-    if "lr" in values:
-        values["learning_rate"] = values.pop("lr")
-    return {name if name == "step" or name.startswith("eval/") else f"train/{name}": value for name, value in values.items()}
+    for ours, theirs in (("lr", "learning_rate"), ("router/balance", "aux_loss")):
+        if ours in values:
+            values[theirs] = values.pop(ours)
+    names = {name: name if name == "step" or name.startswith("eval/") else f"train/{name}" for name in values}
+    # A training row was measured before its update, and there it has the number of updates after it.
+    taken = int(row["step"]) + (not is_evaluation(row))
+    return {names[name]: value for name, value in values.items()} | {GLOBAL_STEP: taken}
 
 
 class TensorBoard:
@@ -218,6 +228,11 @@ class Wandb(_RunElsewhere):
         config, name = dict(self._config or {}), os.environ.get("WANDB_NAME") or _name(self._directory)
         options = {"project": self._project, "dir": str(self._directory), "config": config, "id": identity, "name": name}
         self._run = self._init(**options, resume="allow")
+
+    def use_axis(self, name: str) -> None:
+        """Makes the metric `name`, which every row must have, the horizontal axis of all charts."""
+        self._run.define_metric(name)
+        self._run.define_metric("*", step_metric=name, step_sync=True)
 
 
 class Trackio(_RunElsewhere):

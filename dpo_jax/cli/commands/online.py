@@ -95,7 +95,9 @@ def _learned(config: Config) -> Reward | None:
     path = config.online.reward_model
     if path is None:
         return None
-    return learned_reward(config, path, name="online.reward_model", batch=config.frontier.sample_batch)
+    return learned_reward(
+        config, path, name="online.reward_model", batch=config.frontier.sample_batch, policy=config.dpo_policy()
+    )
 
 
 def _unknown(prompts: Any, completions: Any) -> np.ndarray:

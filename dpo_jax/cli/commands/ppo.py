@@ -39,7 +39,8 @@ def run(config: Config) -> int:
     with build.open_run(config, "ppo") as run_dir:
         saved = earlier_run(config, "ppo", config.dpo)
         path = config.ppo.reward_model
-        reward = learned_reward(config, path, name="ppo.reward_model", batch=config.frontier.sample_batch) if path else None
+        how = {"batch": config.frontier.sample_batch, "policy": config.dpo_policy()}
+        reward = learned_reward(config, path, name="ppo.reward_model", **how) if path else None
         settings = _settings(config)
         if saved is not None:
             with identity.refusing_mismatch():

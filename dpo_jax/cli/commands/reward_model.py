@@ -7,6 +7,7 @@ It starts from the starting policy and writes to `<run.dir>/reward-model`: `expo
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from dpo_jax.cli import build, identity, splits
 from dpo_jax.cli.config import Config
@@ -69,7 +70,7 @@ def run(config: Config) -> int:
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         spread = accuracy(margins, [prompt_key(pair) for pair in test])
         low, high = spread["low"], spread["high"]
-        folder = save_reward_model(run_dir.export, model, part.merged(variables))
+        folder = save_reward_model(run_dir.export, model, part.merged(variables), pad_token_id=_padding(tokenizer))
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         if is_first():
             save_tokenizer(tokenizer, folder)
@@ -81,3 +82,8 @@ def run(config: Config) -> int:
         )
         print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")
     return 0
+
+
+def _padding(tokenizer: Any) -> int | None:
+    """The padding token, unless it is EOS: transformers would then read the score before it."""
+    return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id

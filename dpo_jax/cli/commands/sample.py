@@ -156,7 +156,7 @@ def reward_of(config: Config) -> Reward:
     if jax.process_count() > 1:
         raise ConfigError("sample.best_of: runs on one host")
     if section.reward_model:
-        return learned_reward(config, section.reward_model, name="sample.reward_model", batch=64)
+        return learned_reward(config, section.reward_model, name="sample.reward_model", batch=64, policy=config.sample_policy())
     if config.data.source != "reviews":
         raise ConfigError("sample.reward_model: best_of needs a reward model, unless data.source is reviews")
     return exact_reviews

@@ -53,14 +53,14 @@ def run(config: Config) -> int:
                     total -= float(np.sum(score(state.variables, batch.rows)[batch.index >= 0]))
                     tokens += batch.stats["scored_tokens"]
                     task.advance(int(batch.stats["texts"]))
-            return {"loss": total / count, "nll_per_token": total / tokens}
+            return {"loss": total / (tokens if section.loss == "mean" else count), "nll_per_token": total / tokens}
 
         state = train(
             config,
             run_dir,
             section,
             plan,
-            step=functools.partial(sft_step, model=part.model, router_aux_loss=balancing),
+            step=functools.partial(sft_step, model=part.model, per_token=section.loss == "mean", router_aux_loss=balancing),
             part=part,
             variables=variables,
             weights=digests,

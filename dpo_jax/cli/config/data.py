@@ -84,8 +84,9 @@ class DataConfig:
     max_prompt_length: int = 256
     """If prompt plus completion exceed max_length, the prompt is cut to this many tokens, then each completion to max_length
     minus this. Raise it together with max_length."""
-    truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of an over-long prompt to keep."""
+    truncation: Literal["keep_end", "keep_start", "completions"] = "keep_end"
+    """Which end of an over-long prompt to keep. completions: keep prompts whole and cut only completions, at max_length (as TRL
+    does by default); a prompt that leaves no room makes a bad row."""
     date: str | None = None
     """Date that chat templates see as today, such as 2026-11-27; none: the day the run directory was created."""
     bos: Literal["auto", "always", "never"] = "auto"

@@ -67,6 +67,8 @@ class DpoConfig(LossConfig, TrainingConfig):
             yield "ld_alpha", f"must be between 0 and 1, got {self.ld_alpha}"
         if self.ld_alpha != 1 and loss_table.rows_of(self.loss) != "pairs":
             yield "ld_alpha", f"compares lengths within a pair, and loss {self.loss} does not read pairs: leave it at 1"
+        elif self.ld_alpha != 1 and (term := loss_table.likelihood_term(self.loss)):
+            yield "ld_alpha", f"would weigh the tokens of the likelihood in {term} as well: leave it at 1, or leave out {term}"
         yield from positive(self, "refresh_reference_steps")
         yield from not_negative(self, "eval_samples")
         yield from self._check_moving()

@@ -92,7 +92,7 @@ def _sizes(model: Any) -> str:
 def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
     """A description of a model folder whose config, tokenizer and tensor names are consistent."""
     from dpo_jax.models.families import decoder_config
-    from dpo_jax.models.folder import adapter_base, local_folder, read_config
+    from dpo_jax.models.folder import adapter_base, check_kind, is_scorer, local_folder, read_config
     from dpo_jax.models.generation import end_tokens
     from dpo_jax.models.tensors import contents
     from dpo_jax.models.weights import Checkpoint
@@ -106,7 +106,8 @@ def _fits(check: Check, path: str, option: str, *, expected: bool) -> str:
         if base is not None and (folder := local_folder(base)) is None:
             return f"an adapter of {base}, {_of_the_hub(check, base, option)}"
         hf = read_config(folder)
-        images = check.images is not None
+        check_kind(folder, hf, scorer=option.endswith("reward_model"))
+        images = check.images is not None and not is_scorer(hf)
         if images:
             _check_encoder(check, folder, hf)
         decoder = decoder_config(hf, where=folder / "config.json", images=images)
@@ -141,7 +142,6 @@ class _TokenizerFiles(NamedTuple):
 
     vocabulary: Mapping[str, int]
     eos_token_id: int | None
-    pad_token_id: int | None
 
     def get_vocab(self) -> Mapping[str, int]:
         return self.vocabulary
@@ -156,14 +156,11 @@ def _check_tokenizer(folder: Path, hf: Mapping[str, Any], ends: list[int], vocab
     if not (folder / "tokenizer.json").is_file():
         return  # an older form, which transformers converts
     vocabulary = vocabulary_of(folder)
-    ids: dict[str, int | None] = {}
-    for name in ("eos_token", "pad_token"):
-        token = stated.get(name)
-        ids[name] = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
-    if ids["eos_token"] is None:  # a class of transformers may have its own
-        ids["eos_token"] = ends[0] if ends else 0
-    files = _TokenizerFiles(vocabulary, ids["eos_token"], ids["pad_token"])
-    check_tokenizer(files, vocab_size, eos_token_id=ends or None, pad_token_id=hf.get("pad_token_id"))
+    token = stated.get("eos_token")
+    eos = vocabulary.get(str(token.get("content") if isinstance(token, dict) else token))
+    if eos is None:  # a class of transformers may have its own
+        eos = ends[0] if ends else 0
+    check_tokenizer(_TokenizerFiles(vocabulary, eos), vocab_size, eos_token_id=ends or None)
 
 
 def tokenizer(check: Check) -> None:

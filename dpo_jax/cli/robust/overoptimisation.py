@@ -112,7 +112,10 @@ class Experiment:
             gains = f"{end['true']:.2f} and {end['learned']:.2f} at KL {end['kl']:.2f}"
             rows.append([_name(row), FORMS[row["form"]], a, b, one["words"], gains])
         columns = ["form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
-        note = "95 % intervals over prompts and seeds; what the learned reward gains beyond the true one is over-optimisation"
+        note = (
+            "95 % intervals over prompts and, of several runs, over seeds (Student's t); what the learned reward gains beyond "
+            "the true one is over-optimisation"
+        )
         return [Grid("fit of the true reward", columns, rows, note)]
 
 
