@@ -166,7 +166,7 @@ LOSSES: Mapping[str, Loss] = {
         reference=False,
     ),
     "orpo": Loss("likelihood.orpo_loss", ("beta",), "odds ratio preference optimization", "2403.07691", reference=False),
-    "sft": Loss("likelihood.sft_loss", (), "negative log-likelihood of the chosen per token", "2404.19733", reference=False),
+    "sft": Loss("likelihood.sft_loss", (), "NLL per token of the chosen completion", "2404.19733", reference=False),
     "unlikelihood": Loss(
         "likelihood.unlikelihood_loss", ("alpha",), "unlikelihood training", "2305.18290", needs=("alpha",), reference=False
     ),
@@ -322,7 +322,7 @@ def problems(text: str, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 def markdown() -> str:
     """The table as Markdown, for the documentation."""
     lines = [
-        "| `dpo.loss` | what it is | options | paper | loss at the reference |",
+        "| `dpo.loss` | what it is | options | paper | loss at pi = pi_ref |",
         "|---|---|---|---|---|",
     ]
     for name, loss in LOSSES.items():

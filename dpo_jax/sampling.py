@@ -131,7 +131,7 @@ def generate(
         )
     ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
     if not ends:
-        raise ValueError("eos_id names no token; -1 lets no token end a row")
+        raise ValueError("eos_id is empty; use -1 to sample without EOS")
     _check_prompts(prompts, lengths)
     keys, own = _keys_of_rows(key, prompts.shape[0] * completions), 0
     if model.take_rows is None:  # it has one cache per completion, with room for the completion

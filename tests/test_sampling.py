@@ -225,5 +225,5 @@ def test_any_of_several_tokens_ends_a_row():
     np.testing.assert_array_equal(samples.tokens, [[3, 0, 0, 0]] * 2)
     scored = jax.nn.log_softmax(jnp.array([0.0, 1.0, 0.0, 9.0]))[3]
     np.testing.assert_allclose(samples.logps, [scored] * 2, atol=1e-6)  # the token that ends a row, and nothing behind it
-    with pytest.raises(ValueError, match="eos_id names no token"):
+    with pytest.raises(ValueError, match="eos_id is empty"):
         drawn(())

@@ -1,4 +1,4 @@
-"""Control check: CPL steps of a linear policy must repeat numbers computed on a CPU.
+"""Control check: CPL steps of a linear policy must reproduce CPU results.
 
 `python -m dpo_jax.checks.control` prints those numbers again, for `EXPECTED`.
 """

@@ -1,4 +1,4 @@
-"""Multi-device checks: every device setup repeats the steps of one device; a sharded state is saved and restored."""
+"""Multi-device checks: all device setups match single-device steps; a sharded state is saved and restored."""
 
 from __future__ import annotations
 

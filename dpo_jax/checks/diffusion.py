@@ -1,4 +1,4 @@
-"""Diffusion check: Diffusion-DPO steps of a linear denoiser must repeat numbers computed on a CPU.
+"""Diffusion check: Diffusion-DPO steps of a linear denoiser must reproduce CPU results.
 
 `python -m dpo_jax.checks.diffusion` prints those numbers again, for `EXPECTED`.
 """

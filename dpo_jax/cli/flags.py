@@ -71,7 +71,7 @@ def _of_runs(args: list[str]) -> tuple[list[str], Config]:
     """The flags after the run directories at the start of `args`, and a config that names these directories."""
     count = next((number for number, arg in enumerate(args) if arg.startswith("-")), len(args))
     if bad := [folder for folder in args[:count] if "," in folder]:
-        raise ConfigError(f"report.runs: {bad[0]}: a run directory whose name has a comma cannot be named")
+        raise ConfigError(f"report.runs: {bad[0]}: a run directory's name must not contain a comma")
     return args[count:], Config(report=ReportConfig(runs=",".join(args[:count])))
 
 

@@ -1,4 +1,4 @@
-"""Policies that a command keeps on disk for its own later parts: whole models, or adapters beside their base."""
+"""Policies that a command saves to disk for its later stages: whole models, or adapters beside their base."""
 
 from __future__ import annotations
 

@@ -4,13 +4,13 @@ Exit codes:
 
     0    done
     1    unexpected error (a bug: please report the traceback); check: a row failed
-    2    wrong command, flag or configuration, or one that does not fit what is in the run directory (plan: the slice)
-    65   bad data, and data.on_bad is refuse
+    2    wrong command, flag or configuration, or one that contradicts the run directory; plan: the step does not fit
+    65   bad rows or files (see data.on_bad)
     70   the contenders of bench disagree, or one of them failed
     71   a device ran out of memory; the message lists options that need less
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
-    75   not every pair is decided (judge, online: spending cap, endpoint, people); the same command continues
+    75   labels are missing (judge, online: spending cap, endpoint, people); the same command continues
     76   a loss, gradient or log-probability is NaN or infinite
     130  interrupted from the keyboard (Ctrl-C); a training run has saved its state, and the same command continues
     134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);

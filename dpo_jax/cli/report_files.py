@@ -1,4 +1,4 @@
-"""The files of a report, and whether files in its folder belong to an earlier report: only these are replaced or deleted."""
+"""Output files of a report, and the check that only files of an earlier report are replaced or deleted."""
 
 from __future__ import annotations
 

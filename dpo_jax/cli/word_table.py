@@ -94,7 +94,7 @@ WORDS: Mapping[str, str] = {
         ("ref_model", "ref_model_name_or_path", "reference_model"),
         "dpo.reference; without it the reference is the starting policy, dpo.policy",
     ),
-    "precompute_ref_log_probs": "always so: the reference pass is cached (dpo-jax refs)",
+    "precompute_ref_log_probs": "always on: the reference pass is cached (dpo-jax refs)",
     "sync_ref_model": "dpo.refresh_reference_steps, which replaces the reference by the policy; weights are not mixed",
     "ref_model_sync_steps": "dpo.refresh_reference_steps",
     "ref_model_mixup_alpha": "dpo.refresh_reference_steps replaces the reference by the policy: an alpha of 1",
@@ -107,7 +107,7 @@ WORDS: Mapping[str, str] = {
     "model_init_kwargs": "each has an option of its own: org/name@revision in model.path or dpo.policy, run.precision and "
     "*.param_dtype, model.attention",
     "tokenizer_name_or_path": "tokenizer.path",
-    "trust_remote_code": "code of a model is never run",
+    "trust_remote_code": "custom model code never runs",
     **dict.fromkeys(("dataset_name", "datasets", "data_files", "data_dir"), _DATA),
     **dict.fromkeys(
         ("prompt_column", "chosen_column", "rejected_column", "system_column", "column_mapping", "dataset_text_field"),
@@ -202,11 +202,11 @@ WORDS: Mapping[str, str] = {
     "optim_target_modules": "*.trainable",
     "center_rewards_coefficient": "not offered; dpo-jax reward-model minimizes eq. 2",
     **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), "TRACKIO_SPACE_ID in the environment"),
-    "dataloader_drop_last": "no example is dropped: the last batch of a run is padded, and padding counts nowhere",
+    "dataloader_drop_last": "no example is dropped: the last batch of a run is padded, and padding has weight 0",
     "num_generations": "online.completions, frontier.completions: completions of a prompt",
     "num_samples": "sample.prompts, eval.samples",
     "max_new_tokens": "sample.max_new_tokens, eval.max_new_tokens",
-    "config": "the YAML file is the first word after the command",
+    "config": "the YAML file is the first argument",
     **dict.fromkeys(("shuffle_dataset", "train_sampling_strategy"), _SHUFFLED),
     **dict.fromkeys(("rpo_alpha", "loss_weights"), "dpo.loss as a weighted sum, such as dpo + 0.1*sft"),
     "f_divergence_type": "dpo.f_divergence",
@@ -242,7 +242,7 @@ _PRECISIONS: Mapping[str, str] = {
 VALUES: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("sft.schedule", "dpo.schedule"), _SCHEDULES),
     **dict.fromkeys(("sft.optimizer", "dpo.optimizer"), _OPTIMIZERS),
-    "dpo.loss": {"kto_pair": "kto, on single completions; pairs are taken apart"},
+    "dpo.loss": {"kto_pair": "kto, on single completions; each pair is split"},
     "lora.targets": {"all-linear": "all"},
     "run.precision": _PRECISIONS,
     "model.attention": dict.fromkeys(

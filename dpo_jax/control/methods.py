@@ -1,7 +1,7 @@
 """SFT, CPL, P-IQL and percent-BC on preferences between segments, with the same policy network and number of policy updates.
 
 A method is a function `(learner, preferences, kind, seed, folder) -> points`, with a line in `METHODS`. The points are the
-world's measurements during training; metrics of all steps are written to `folder`.
+evaluations during training; metrics of all steps are written to `folder`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Columns that a format does not read but that may hold the prompt or a system text, and the option to read them.
 
-TRL's implicit prompt is the common beginning of chosen and rejected. If the prompt is really in another column, that would be
-the first words of the answers, so a text in an unread column refuses the row.
+TRL's implicit prompt is the common beginning of chosen and rejected. If the real prompt is in another column, only the answers'
+common first words would be used, so such a row is refused.
 """
 
 from __future__ import annotations

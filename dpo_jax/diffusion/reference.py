@@ -1,6 +1,6 @@
 """The reference's errors, computed once for each (pair, epoch) and kept on disk: the reference pass of Diffusion-DPO.
 
-Noise and time are a function of (seed, pair, epoch), so the errors are data. They are kept in the cache of `dpo_jax.reference`,
+Noise and timestep depend only on (seed, pair, epoch), so errors are cached. They are kept in the cache of `dpo_jax.reference`,
 whose records have checksums and are bound to an identity: a cache of other weights, another schedule or another seed is
 refused.
 """

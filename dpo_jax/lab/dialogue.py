@@ -1,6 +1,6 @@
 """Question game experiment: samples whole conversations, enumerates them, measures a policy exactly.
 
-`DialogueWorld` is to conversations what `World` is to completions, so `PairMethod` trains on it unchanged.
+`DialogueWorld` is `World` for whole conversations, with the interface that `PairMethod` trains on.
 """
 
 from __future__ import annotations

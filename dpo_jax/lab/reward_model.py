@@ -122,7 +122,7 @@ def fit_reward_model(
     learnt = [group for number, group in enumerate(groups) if number % HELD_OUT]
     held_out = [pairs[member] for group in groups[::HELD_OUT] for member in group.members]
     if not learnt:
-        raise DataError("a reward model needs pairs of two prompts at least: one of them is held out", causes=[Cause.NO_ROWS])
+        raise DataError("a reward model needs pairs from at least two prompts; one is held out", causes=[Cause.NO_ROWS])
     several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=partitioner, microbatches=microbatches)
 
     def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:

@@ -1,8 +1,8 @@
 """Vision encoder of the scenes: SigLIP's architecture, trained to classify which kinds of objects an image shows, then frozen.
 
 The loss is SigLIP's sigmoid loss with one text for each kind (Zhai et al. 2023, arXiv 2303.15343). The text vectors are trained
-with the encoder and then dropped. The features therefore contain which objects are there; the language model must learn to
-read it.
+with the encoder and then dropped. The features thus encode which objects are present; the language model must learn to
+read them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and `label_smoothing` are one number, or float[P] with one for each example.
 
 A loss that needs more names it as a keyword argument: `lengths` float[P, 2], `mean_lengths` float[P, 2] (over the whole
 batch), `weight` float[P] (0 marks fillers), `desirable` float[P] (labels from the data). `dpo_step` supplies these. A loss with
-the keyword `weight` looks across the batch, so `dpo_step` refuses to split that batch.
+the keyword `weight` looks across the batch, and splitting that batch costs one more forward pass.
 """
 
 from dpo_jax.losses.combine import SIGNALS as SIGNALS

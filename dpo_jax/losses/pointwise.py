@@ -1,4 +1,4 @@
-"""Pointwise losses: each completion of a pair counts by its own log-ratio `u = log(pi / pi_ref)`, not only by the margin."""
+"""Pointwise losses: they depend on each completion's log-ratio `u = log(pi / pi_ref)`, not only on the margin."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Sharding constraints inside the model: mesh axes of activations and parameters.
 
-XLA partitions the operations of a step by itself, from the sharding of its arguments. Two things it cannot know, and decides
-expensively: that activations stay sharded by row, and that the gradient of a parameter should have the parameter's own
-sharding. Without the second constraint it sums whole gradients on every device (all-reduce) and discards most of them.
+XLA partitions the operations of a step by itself, from the sharding of its arguments. Without constraints it makes two costly
+choices: activations do not stay sharded by row, and gradients do not get their parameter's sharding. In the second case it sums
+whole gradients on every device (all-reduce) and discards most of them.
 """
 
 from __future__ import annotations

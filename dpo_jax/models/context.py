@@ -5,7 +5,7 @@ over `types.TOKEN_AXES` along their first axis. All but attention works token by
 
 A piece is not one contiguous run. Some tokens see more keys than others: in causal rows the late ones, in shared rows those of
 the completions, at both ends. To balance the work, a row is dealt out in rounds. Each round gives every device a short run, in
-ascending and descending order of devices by turns. The columns of a piece increase, so an interval of the row is an interval of
+alternately ascending and descending device order. The columns of a piece increase, so an interval of the row is an interval of
 each piece.
 """
 

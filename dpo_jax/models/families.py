@@ -79,7 +79,7 @@ def decoder_config(hf_config: Mapping[str, Any], *, where: str | Path = "config.
     if fields["heads"] % fields["kv_heads"]:
         raise Unreadable(f"{where}: {fields['heads']} heads are not a multiple of {fields['kv_heads']} key/value heads")
     if is_scorer(hf):
-        fields["tied"] = True  # it has no output head, and needs none
+        fields |= {"tied": True, "head_bias": False}  # it has no output head, and needs none
     init_std = fields.pop("init_std", None) or read.number("initializer_range", least=0.0, right="a number of at least 0")
     config = DecoderConfig(family=family, init_std=init_std, hf_json=json.dumps(hf, sort_keys=True), **fields)
     LIMITS.check("model_b", _billions(config), where, what="billion parameters")

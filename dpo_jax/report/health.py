@@ -119,7 +119,7 @@ def _displacement(policy: Values, reference: Values, training: Rows) -> Finding:
         return None
     return Note(
         "displacement of the chosen",
-        f"The chosen completions became less likely, by {-moved:.1f} nats each (noted from {DISPLACED:g} nat on).",
+        f"The chosen completions became less likely, by {-moved:.1f} nats each (threshold: {DISPLACED:g} nat).",
         "Likelihood displacement: the loss asks for a margin only, and the probability moves to texts that nobody preferred "
         "(Razin et al. 2024). Read the samples.",
         "Try a larger beta, a lower learning rate or fewer steps, SFT on the chosen completions first, and fewer pairs whose "
@@ -153,7 +153,7 @@ def _cut(policy: Values, reference: Values, training: Rows) -> Finding:
         f"{share:.0%} of the policy's samples were cut by the token limit"
         + (f", {before:.0%} of the reference's" if before is not None else "")
         + f" (noted above {CUT:.0%}).",
-        "KL, rewards and lengths are of the written part only."
+        "KL, rewards and lengths cover truncated text only."
         + (" The policy stops less often than the reference: it may have unlearned how to end its texts." if lost else ""),
         "Raise --eval.max-new-tokens"
         + ("; check whether chosen completions are truncated in training and so lack their end." if lost else "."),

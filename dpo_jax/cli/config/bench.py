@@ -40,9 +40,9 @@ class BenchConfig:
     ending: float = 0.0
     """Fraction of completions that end before their last token in the sampling benchmark, for a model with random weights."""
     scaling: bool = False
-    """Then also time our step at 1, 2, 4 and 8 times the tokens, by batch size and by length, and fit the exponents."""
+    """Also time our step at 1, 2, 4 and 8 times the tokens, by batch size and by length, and fit the exponents."""
     profile: bool = False
-    """Then also profile one more run of ours, print its slowest operations and keep the trace (short: --profile)."""
+    """Also profile one more run of ours, print its slowest operations and keep the trace (short: --profile)."""
 
     def check(self) -> Iterator[Problem]:
         yield from positive(self, "rounds", "steps", "gate_steps", "groups", "torch_microbatches", "completions")

@@ -92,7 +92,7 @@ class DataConfig:
     bos: Literal["auto", "always", "never"] = "auto"
     """Start prompts with one BOS token. auto: for texts, if the tokenizer adds it; for conversations, if the template does."""
     rendered: bool = False
-    """The texts in the files were rendered by the chat template before: prompts keep its end-of-text tokens, a completion may
+    """The texts in the files are already rendered by the chat template: prompts keep its end-of-text tokens, a completion may
     end with one, and bos auto adds none."""
     max_duplicates: float | None = None
     """Refuse a split if more than this fraction repeats an earlier pair (0 to 1); none: only report it."""

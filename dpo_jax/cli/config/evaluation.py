@@ -61,7 +61,8 @@ class SampleConfig:
     """Best-of-N: keep the best of N completions by a reward. Several values, such as 1,4,16: draw the largest N, and keep
     one for each."""
     reward_model: str | None = None
-    """Reward for best_of: a folder written by reward-model; none: the true reward (source reviews)."""
+    """Reward for best_of: a reward model, a folder or Hub id (of reward-model, or any with one output); none: the true reward
+    (source reviews)."""
     top_k: int = 0
     """Sample among the k most likely tokens; 0: all."""
     top_p: float = 1.0

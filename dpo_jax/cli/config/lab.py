@@ -127,7 +127,8 @@ class PpoConfig:
     target_kl: float = 3.0
     """KL to the reference that the adaptive KL coefficient aims for, in nats per completion."""
     reward_model: str | None = None
-    """Learned reward to train against: a folder written by reward-model, such as reward-model/export; none: the true reward."""
+    """Learned reward to train against: a reward model, a folder or Hub id (reward-model/export, or any with one output); none:
+    the true reward."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         if self.target_kl <= 0:

@@ -19,13 +19,13 @@ class LimitsConfig:
     depth: int = 100
     """Deepest nesting of JSON and HTML."""
     layers: int = 1000
-    """Most layers of a model."""
+    """Maximum layer count."""
     model_b: int = 10_000
-    """Most parameters of a model, in billions."""
+    """Maximum model size, in billions of parameters."""
     template_s: int = 5
-    """Longest time that a chat template may take for one conversation, in seconds."""
+    """Time limit of a chat template per conversation, in seconds."""
     template_mb: int = 1024
-    """Most memory that a chat template may take for one conversation, in MB."""
+    """Memory limit of a chat template per conversation, in MB."""
     growth: int = 100
     """Largest factor by which a tokenizer's normalizer, pre-tokenizer, post-processor or decoder may lengthen a text."""
     pattern_s: int = 5

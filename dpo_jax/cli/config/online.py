@@ -41,7 +41,7 @@ class OnlineConfig:
     judge; people, on a web page. Judge and people compare every two completions of a prompt; a completion's score is its
     share of wins."""
     reward_model: str | None = None
-    """Folder written by reward-model: the reward, if online.reward is reward-model; otherwise the estimate for elicitation
+    """A reward model, a folder or Hub id: the reward, if online.reward is reward-model; otherwise the estimate for elicitation
     disagreement."""
     elicitation: Literal["uniform", "disagreement", "uncertainty"] = "uniform"
     """Which prompts to label next. uniform: any; disagreement: those whose completions' estimated rewards vary most;

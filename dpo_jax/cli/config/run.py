@@ -54,7 +54,7 @@ class RunConfig:
     trackio: str | None = None
     """Also log to this Trackio project; the run is named after run.dir (needs the `writers` extra)."""
     metric_names: Literal["own", "trl"] = "own"
-    """Names of metrics in these three: own, as in metrics.jsonl; trl, as in TRL's runs (train/loss, train/learning_rate)."""
+    """Metric names for TensorBoard, wandb and Trackio: own, as in metrics.jsonl; trl, as in TRL (train/loss, ...)."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run directory; otherwise refuse a directory that has one."""
 

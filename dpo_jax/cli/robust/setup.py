@@ -1,4 +1,4 @@
-"""Setup of the robustness experiments: the world, labelled pairs, learned rewards, and the training methods."""
+"""Setup of the robustness experiments: prompts, labelled pairs, learned rewards, and training methods."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _tensors(c: DecoderConfig) -> list[Tensor]:
         *linear(f"{h}.mlp.fc_in", "layers/mlp/up", True),
         *linear(f"{h}.mlp.fc_out", "layers/mlp/down", True, SAME),
         *norm("transformer.ln_f", "final_norm", True),
-        Tensor("lm_head.bias", ("head_bias",)),
+        *([Tensor("lm_head.bias", ("head_bias",))] if c.head_bias else []),
     ]
 
 
