@@ -244,6 +244,8 @@ TEXT
 
 start() { check_there && send_keys && on all "$(in_repository ./launch/detached.sh start ${settings[@]+"${settings[@]}"} "${program[@]}")"; }
 
+count_workers() { gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(networkEndpoints.len())'; }
+
 # Through the connection, one worker after the other: gcloud gives its standard input to one of several.
 send_keys() {
   local key lines='' worker workers=1
@@ -251,9 +253,7 @@ send_keys() {
     [ -z "${!key:-}" ] || lines+="$key=${!key}"$'\n'
   done
   [ -n "$lines" ] || return 0
-  if [ "$dry_run" = no ]; then
-    workers=$(gcloud compute tpus tpu-vm describe "$name" --zone="$zone" --format='value(networkEndpoints.len())') || return
-  fi
+  if [ "$dry_run" = no ]; then workers=$(count_workers) || return; fi
   for ((worker = 0; worker < workers; worker++)); do
     on "$worker" "$(in_repository ./launch/detached.sh keys)" <<<"${lines}end" || return
   done
@@ -263,16 +263,28 @@ follow() { on 0 "$(in_repository ./launch/detached.sh follow)"; }
 
 status() { on "${1:-all}" "$(in_repository ./launch/detached.sh status)"; }
 
-# Follows the run to its end and sets `code` to its exit code. Fails when the slice is gone.
+# Follows the run to its end and sets `code` to its exit code. Fails when the slice is gone. A run has ended when every worker
+# says so: the one that does not answer may be the one that failed.
 see_it_end() {
-  local lines one first=' running '
+  local lines one first=' running ' of=0 rounds=0
   while :; do
     [[ $first != *' running '* ]] || follow || true # it fails also when only the connection breaks: the workers know better
     [ "$dry_run" = no ] || { status all && return; }
     lines=$(status all || true)
+    [ "$of" != 0 ] || of=$(count_workers) || of=0
     case $lines in
-      *' running '*) first=$(status 0 || true) ;; # the others notice after run.heartbeat_seconds that one has ended
-      *' ended '* | *' lost'*)
+      *' running '*) # the others notice after run.heartbeat_seconds that one has ended
+        first=$(status 0 || true) rounds=0
+        ;;
+      *)
+        if [ "$of" = 0 ] || [ "$(grep -cE ' (ended [0-9]+|lost)$' <<<"$lines")" -lt "$of" ]; then
+          ! preempted || return 1
+          rounds=$((rounds + 1))
+          [ "$rounds" -lt "$patience" ] ||
+            die "not all of the $of workers say how the run ended (${lines//$'\n'/, }): the same command asks again; $costs" 1
+          sleep "$poll"
+          continue
+        fi
         # The first cause has the smallest code above 1: those whose partner is gone end with 1, 134 (SIGABRT) or 137.
         code=0
         while read -r one; do
@@ -283,7 +295,6 @@ see_it_end() {
         ! preempted || return 1
         return 0
         ;;
-      *) ! preempted || return 1 ;;
     esac
     sleep "$poll"
   done
@@ -326,6 +337,7 @@ dpo_jax=.venv/bin/dpo-jax # of a worker, whatever DPO_JAX_VENV is here
 mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} poll=${DPO_JAX_POLL_SECONDS:-30} state=ABSENT code=0
 read_arguments "$@"
 check_arguments
+patience=20 # rounds in which workers do not answer
 costs="the slice costs until: $0 delete $name --zone $zone"
 scratch=/tmp/dpo_jax
 if [ "$dry_run" = no ]; then

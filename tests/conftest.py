@@ -71,8 +71,17 @@ LONGEST = (
 def pytest_configure(config):
     gc.set_threshold(50_000, 20, 20)  # tracing makes many objects: a sixth of its time would go into looking for garbage
     if not hasattr(config, "workerinput"):  # processes of xdist, and those that tests start, inherit it
-        TEMPORARY.append(tempfile.mkdtemp(prefix="dpo-"))
+        TEMPORARY.append(tempfile.mkdtemp(prefix="dpo-", dir=_in_memory()))
         os.environ["TMPDIR"], tempfile.tempdir = TEMPORARY[0], None
+
+
+def _in_memory():
+    """A folder of memory with room for the tests' files, most of which are synced to disk; None if there is none."""
+    try:
+        room = shutil.disk_usage("/dev/shm").free
+    except OSError:
+        return None
+    return "/dev/shm" if room > 4e9 and os.access("/dev/shm", os.W_OK | os.X_OK) else None
 
 
 def pytest_sessionfinish(exitstatus):

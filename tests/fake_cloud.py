@@ -172,6 +172,9 @@ def main(words):
 def ssh(cloud, chosen, command):
     codes = []
     for number in chosen:
+        if number == 0 and command.endswith(" status") and does_not_answer(cloud):
+            codes.append(255)
+            continue
         home = cloud / "workers" / str(number)
         environment = {"PATH": os.environ["PATH"], "HOME": str(home), "CLOUD": str(cloud), "HOSTNAME": f"worker-{number}"}
         shell = subprocess.Popen(["bash", "-c", command], cwd=home, env=environment, start_new_session=True)
@@ -193,6 +196,13 @@ def ssh(cloud, chosen, command):
             return code
         codes.append(shell.wait())
     return max(codes)
+
+
+def does_not_answer(cloud):
+    """Whether the first worker does not say its status this time; $CLOUD/silent says how often."""
+    times = int((cloud / "silent").read_text()) if (cloud / "silent").exists() else 0
+    (cloud / "silent").write_text(str(max(0, times - 1)))
+    return times > 0
 
 
 def wait_for(happened, process=None):

@@ -98,6 +98,9 @@ def test_a_longer_run_continues_and_is_as_if_it_had_always_been_longer(done, cop
     result = call("dpo", copy.config, "--dpo.epochs", 2.5)
     assert (result.code, f"continuing {copy / 'dpo'} after {STEPS} steps" in result.out) == (0, True), result
     assert "the length of the run is now 2.5 epochs; it was 2" in result.out
+    aside = copy / "dpo" / "export-before-1"  # if the longer run is killed, nothing may take this for its result
+    assert f"the model of fewer steps in {copy / 'dpo' / 'export'} is now {aside}" in result.out
+    assert bytes_of(aside).keys() == bytes_of(done / "dpo" / "export").keys()
     at_once = ("--run.dir", tmp_path / "at-once", "--dpo.policy", done / "sft" / "export", "--refs.cache", done / "refs")
     assert call("dpo", done.config, *at_once, "--dpo.epochs", 2.5).code == 0
     assert bytes_of(copy / "dpo" / "export") == bytes_of(tmp_path / "at-once" / "dpo" / "export")

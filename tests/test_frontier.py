@@ -18,7 +18,6 @@ from dpo_jax.evals.frontier import (
     mixture_log_ratios,
     optimum,
     regret,
-    regret_interval,
     sequence_kl,
 )
 from dpo_jax.models.decoder import make_model
@@ -244,20 +243,6 @@ def test_regret(curve):
     few, many = (optimum(WORTH[drawn(4, 500)], np.geomspace(20, 1, n), seed=0) for n in (8, 80))
     missed = regret(many.reward, many.kl, few, few.reference)
     assert np.abs(missed).max() < 0.03
-
-
-def test_regret_interval(curve):
-    of_optimum = regret_interval(curve.prompt_reward[:, 3], curve.prompt_kl[:, 3], curve, seed=0)
-    assert of_optimum == pytest.approx((0, 0), abs=1e-12)
-    assert regret_interval(curve.prompt_reference, curve.prompt_kl[:, 3], curve, seed=0) == pytest.approx((1, 1), abs=1e-12)
-    noise = np.random.default_rng(0).normal(0, 0.5, 64)
-    policy = (curve.prompt_reward[:, 3] + curve.prompt_reference) / 2 + noise, curve.prompt_kl[:, 3]
-    low, high = regret_interval(*policy, curve, seed=0)
-    assert low < regret(policy[0].mean(), policy[1].mean(), curve, curve.reference) < high
-    assert 0.02 < high - low < 0.3
-    assert all(map(math.isnan, regret_interval(policy[0], policy[1] + 100, curve, seed=0)))
-    with pytest.raises(ValueError, match="3 rewards and 3 KLs, but the optimum has 64 prompts"):
-        regret_interval(np.ones(3), np.ones(3), curve, seed=0)
 
 
 def test_envelope_is_what_mixtures_reach():

@@ -6,6 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import GOLDEN
 
@@ -119,6 +120,25 @@ def test_sft_trajectory(family, per_row, pairs):
         assert float(metrics["loss"]) == pytest.approx(mean, rel=1e-6)  # some 330 nats, where float32 has steps of 3e-5
         assert float(metrics["grad_norm"]) == pytest.approx(expected["grad_norm"], rel=1e-4)
         assert abs(metrics["logps/chosen"] - per_pair(expected, "logps_train/chosen").mean()) <= 1e-3
+
+
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_the_loss_per_token_is_the_sum_over_the_mean_length_of_the_batch(microbatches, pairs):
+    """TRL's loss: not the mean over texts of each text's own mean. The last text is a filler."""
+    model, start = load_hf(GOLDEN / "gpt2" / "init")
+    texts = [(pair.prompt, pair.chosen[: 3 + number]) for number, pair in enumerate(pairs[:7])]
+    rows = Layout("plain", length=128, scored=128).rows(texts, at_least=8)
+    found = {}
+    for per_token in (False, True):
+        step = functools.partial(sft_step, model=model, tx=optax.sgd(1.0), per_token=per_token)
+        found[per_token] = jax.jit(functools.partial(step, microbatches=microbatches))(init_state(start, optax.sgd(1.0)), rows)
+    (summed, of_sum), (mean, of_mean) = found[False], found[True]
+    tokens = sum(len(completion) for _, completion in texts) / 7
+    assert float(of_mean["loss"]) == pytest.approx(float(of_sum["nll_per_token"]), rel=1e-5)
+    assert float(of_mean["loss"]) == pytest.approx(float(of_sum["loss"]) / tokens, rel=1e-5)
+    assert float(of_mean["grad_norm"]) == pytest.approx(float(of_sum["grad_norm"]) / tokens, rel=1e-5)
+    moved = [jax.tree.map(np.subtract, state.params, start) for state in (mean, summed)]
+    assert relative_difference(moved[0], jax.tree.map(lambda x: x / tokens, moved[1])) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)

@@ -142,6 +142,16 @@ def test_imports_only_from_lower_floors():
     assert not upwards, "imports from a higher floor"
 
 
+def test_commands_are_no_library():
+    """What several commands need lies beside them. Only the sweep may run another command: it trains its own reference."""
+    borrowed = [
+        f"{place} imports {dotted}"
+        for name, place, dotted in imports()
+        if dotted.startswith("dpo_jax.cli.commands.") and name != "cli/starting_policy.py"
+    ]
+    assert not borrowed
+
+
 def test_packages_with_one_door():
     for name, place, dotted in imports():
         package = dotted.split(".")[0]

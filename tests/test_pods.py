@@ -154,6 +154,19 @@ def test_the_first_cause_is_the_exit_code(pod):
     assert "tpu_pod.sh delete hh --zone z1 ends the costs" in done.stderr
 
 
+@pytest.mark.parametrize("times", [6, 999])
+def test_a_worker_that_does_not_answer_may_be_the_one_that_failed(pod, times):
+    pod.program("case $HOME in */1) exit 0 ;; *) exit 74 ;; esac\n")
+    (pod.path / "silent").write_text(str(times))
+    done = pod.run(*pod.command)
+    if times == 6:
+        assert done.returncode == 74
+        return
+    assert done.returncode == 1
+    assert "not all of the 2 workers say how the run ended (worker-1 ended 0): the same command asks again" in done.stderr
+    assert "tpu_pod.sh delete hh --zone z1" in done.stderr
+
+
 @pytest.mark.parametrize("state", ["SUSPENDED", "FAILED"])
 def test_what_is_left_of_an_earlier_slice_is_deleted(pod, state):
     (pod.path / "states").write_text(state)

@@ -297,6 +297,15 @@ def test_a_subset_without_the_split_is_noted(tmp_path):
     assert "helpful-online/ has no file of split 'train'" in load(tmp_path).report.notes
 
 
+def test_hidden_files_are_not_read(tmp_path):
+    """What a killed writer leaves has the suffix of data, and so has the copy of an editor or of a backup."""
+    for name in ("train/a.jsonl", "train/.1a2b3c4d-part.jsonl", ".backup/train.jsonl", "train/.a.jsonl"):
+        write(tmp_path / name, GOOD)
+    found = load(tmp_path)
+    assert [p.uid for p in found] == ["train/a.jsonl:1"]
+    assert not [note for note in found.report.notes if "backup" in note]
+
+
 def test_a_pipe_is_told_as_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(

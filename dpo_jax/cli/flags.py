@@ -109,6 +109,7 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
             raise ConfigError(f"{flag}: {name} does not read this option ({', '.join(readers)} would)")
     if answers := _foreign_words(flags, shown):
         raise ConfigError("\n".join(answers))
+    shown = _only_named(flags, shown)
     lists = {(section, field) for section, fields in shown.items() for field in fields if _is_list(config, section, field)}
     views = []
     for section, fields in shown.items():
@@ -144,6 +145,18 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
     return dataclasses.replace(
         config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
     )
+
+
+def _only_named(flags: list[str], shown: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The options that flags name, if these are all known and no help is asked for; else all of `shown`.
+
+    tyro takes a quarter of a second to build a parser of all options.
+    """
+    named = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    few = {section: [field for field in fields if f"{section}.{field}" in named] for section, fields in shown.items()}
+    if "-h" in flags or not named or sum(map(len, few.values())) < len(named):
+        return shown
+    return {section: fields for section, fields in few.items() if fields}
 
 
 _ONLY_IN_FILES = None | str  # how `--help` shows a list

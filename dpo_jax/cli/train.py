@@ -80,7 +80,7 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> Sa
     one with other settings.
     """
     directory = config.checkpoints_of(task)
-    check_bucket(config, directory)
+    check_bucket(directory)
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, but {directory} holds checkpoints; turn it on, or choose another --run.dir")
     saved = saved_run(directory, place=f"{config.run.dir}/{task}")

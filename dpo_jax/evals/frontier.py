@@ -228,26 +228,6 @@ def regret(point_reward: Array | float, point_kl: Array | float, optimum: Optimu
     return np.where(np.asarray(point_kl) > optimum.kl[-1], np.nan, missed)
 
 
-def regret_interval(rewards: Array, kls: Array, optimum: Optimum, *, seed: int, resamples: int = RESAMPLES) -> Interval:
-    """95 % interval of the regret of a policy with `rewards[P]` and `kls[P]` on the prompts of `optimum`, in the same order.
-
-    Policy, optimum and reference are resampled together because they share the prompts: a prompt hard for one is hard for all.
-    """
-    rewards, kls = _finite(rewards, "rewards", axes=1), _finite(kls, "kls", axes=1)
-    if len(rewards) != len(optimum.prompt_kl) or len(kls) != len(rewards):
-        raise ValueError(f"{len(rewards)} rewards and {len(kls)} KLs, but the optimum has {len(optimum.prompt_kl)} prompts")
-    if not 0 < kls.mean() <= optimum.kl[-1]:
-        return math.nan, math.nan
-    drawn = _resampling(len(rewards), seed, resamples)
-    per_prompt = rewards, kls, optimum.prompt_kl, optimum.prompt_reward, optimum.prompt_reference
-    values = [
-        _share_missed(reward, _reward_at(kl, curve_kl, curve_reward, ref), ref)
-        for reward, kl, curve_kl, curve_reward, ref in zip(*(drawn @ x for x in per_prompt), strict=True)
-    ]
-    low, high = _quantiles(np.array(values))
-    return float(low), float(high)
-
-
 def _reward_at(kl: Array | float, curve_kl: np.ndarray, curve_reward: np.ndarray, ref_reward: float) -> np.ndarray:
     """The curve's reward at `kl`, interpolated linearly in sqrt(KL), in which it is linear near the reference."""
     x, y = np.sqrt(curve_kl), curve_reward

@@ -183,12 +183,19 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
 def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
     """`jax.jit` of a step that donates its state and shards the new one like `state` (arrays or their shapes)."""
     out = jax.tree.map(lambda leaf: leaf.sharding, state), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=_overlapping(mesh))
 
 
 def jit_map(fn: Callable[..., Any], mesh: Mesh) -> Any:
     """`jax.jit` of `fn(variables, rows)` with the whole result on every device."""
-    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=_overlapping(mesh))
+
+
+def _overlapping(mesh: Mesh) -> dict[str, Any] | None:
+    """Compiler options with which several GPUs compute while they exchange parameters and gradients. XLA has this off, because
+    it takes memory; for TPUs it is on."""
+    several_gpus = mesh.size > 1 and mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return {"xla_gpu_enable_latency_hiding_scheduler": True} if several_gpus else None
 
 
 def abstract_state(

@@ -94,6 +94,7 @@ def train(
     >>> from dpo_jax.data.prepare import data_digest
     >>> from dpo_jax.runtime.mesh import make_mesh
     >>> from dpo_jax.runtime.parallel import mesh_partitioner
+    >>> from dpo_jax.training.start_check import starts_at_reference
     >>> model, weights = load_hf(folder)
     >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1), model)
     >>> variables = partitioner.put_variables(weights)
@@ -106,6 +107,7 @@ def train(
     ...     partitioner.compile_step(step), partitioner.init_state(partial(init_state, tx=tx), variables), batches,
     ...     folder="run", total_steps=total_steps(len(encoded), batch=2, epochs=4), partitioner=partitioner, save_every=100,
     ...     fingerprint={"beta": 0.1, **order, "data": data_digest(encoded)},
+    ...     check=partial(starts_at_reference, expected_loss=0.693147),  # ln 2, or the log-probabilities are of other weights
     ... )
     >>> print(save_hf("run/export", model, state.variables))
     run/export

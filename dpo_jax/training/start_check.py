@@ -19,14 +19,15 @@ def starts_at_reference(
     metrics: Mapping[str, float],
     *,
     expected_loss: float | None,
-    tolerance: float,
+    tolerance: float = TOLERANCE["float32"],
     first: bool = True,
     every: int = 0,
 ) -> None:
     """Raises `WrongStart` unless the policy equals its reference: at step 0 if `first` is set, and after every `every` steps.
 
     A policy that equals its reference has displacement 0 and the loss `expected_loss` (DPO: ln 2). `expected_loss` is None
-    where the loss uses no reference.
+    where the loss uses no reference. `tolerance`: in nats, one of `TOLERANCE` by the format of numbers. Bound to its options it
+    is the `check` of `dpo_jax.train`, which gets `step` and the metrics of each step.
     """
     if not (first if step == 0 else every and step % every == 0):
         return

@@ -23,8 +23,8 @@ from dpo_jax.cli.training_samples import sampler_of
 from dpo_jax.data.loader import in_order
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, summary_by_source
+from dpo_jax.logps import completion_logps
 from dpo_jax.losses import whole_set_signals
-from dpo_jax.reference import reference_logps
 from dpo_jax.training.fingerprint import check_weights
 from dpo_jax.training.moving import MovingReference
 from dpo_jax.training.run import steps_of
@@ -68,7 +68,7 @@ def run(config: Config) -> int:
             build.free(variables)
             variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
-        policy_logps = partitioner.compile_map(functools.partial(reference_logps, part.model, ld_alpha=section.ld_alpha))
+        policy_logps = partitioner.compile_map(functools.partial(completion_logps, part.model, ld_alpha=section.ld_alpha))
         sample = sampler_of(config, run_dir, partitioner, part.model, tokenizer, held_out)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:

@@ -29,8 +29,7 @@ from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.intervals import mean_with_error
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
-from dpo_jax.logps import sequence_logps
-from dpo_jax.reference import reference_logps
+from dpo_jax.logps import completion_logps, sequence_logps
 from dpo_jax.report.health import examine_run, repetition
 from dpo_jax.report.result_table import result_table, wrapped
 from dpo_jax.runtime.checkpoint import newest_meta
@@ -81,7 +80,7 @@ def run(config: Config) -> int:
         known = {"partitioner": partitioner, "weights": weights["reference"], "vision": vision}
         (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], **known)
         layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
-        compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=config.dpo.ld_alpha))
+        compiled = partitioner.compile_map(functools.partial(completion_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
             lambda rows: compiled(policy, rows),
             in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),

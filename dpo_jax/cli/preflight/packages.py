@@ -19,7 +19,7 @@ def check_writers(config: Config) -> None:
             raise ConfigError(f"run.{option}: needs the package {package}: {install_command('writers')}, or leave it off")
 
 
-def check_bucket(config: Config, directory: str) -> None:
+def check_bucket(directory: str) -> None:
     """Raises `ConfigError` for checkpoints in a bucket that no installed package can reach."""
     if directory.startswith("gs://") and importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(f"run.checkpoints: gs:// needs the package gcsfs: {install_command('gcs')}")

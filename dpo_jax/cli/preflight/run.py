@@ -78,7 +78,7 @@ def _progress(check: Check, task: str, folder: Path) -> str:
     """A description of what a training run would continue. Raises `ConfigError` if it would be refused."""
     config = check.config
     directory = config.checkpoints_of(task)
-    check_bucket(config, directory)
+    check_bucket(directory)
     steps = model_folders.saved_steps(directory)
     if not steps:
         return f", checkpoints in {directory}" if config.run.checkpoints else ""
@@ -132,7 +132,7 @@ def _checkpoints(check: Check) -> None:
     directory = config.export.checkpoint or config.checkpoints_of("dpo")
     if config.export.out is not None and not check.unseen("writes", config.export.out):
         model_folders.refuse_foreign(Path(config.export.out).expanduser())
-    check_bucket(config, directory)
+    check_bucket(directory)
     if "://" in directory or check.unseen("reads", directory, "dpo"):
         return
     steps = model_folders.saved_steps(directory)
