@@ -65,6 +65,7 @@ def mean_of_examples(values: Array, weight: Array, axis_name: str | None) -> jax
     3.0
     """
     values, weight = jnp.asarray(values), jnp.asarray(weight)
-    sums = (jnp.tensordot(weight, values, axes=1), weight.sum())
+    # Not a matrix product, which an accelerator would round.
+    sums = (weight.reshape(-1, *(1 for _ in values.shape[1:])) * values).sum(axis=0), weight.sum()
     total, count = sums if axis_name is None else jax.lax.psum(sums, axis_name)
     return total / count

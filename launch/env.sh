@@ -104,7 +104,7 @@ project=$(cksum <pyproject.toml)
 had_project='' had_extras=''
 if command -v flock >/dev/null && mkdir -p "$(dirname "$venv")" && { : >>"$venv.lock"; } 2>/dev/null; then # macOS has no flock
   exec 9>>"$venv.lock" # two starts at once must not make the same environment
-  flock -n 9 || { say "waiting for another start, which is making $venv" && flock 9; }
+  flock -n 9 || { say "waiting for another start, which is making $venv" && flock 9; } || say "this disk has no locks: going on"
 fi
 runs() { "$venv/bin/python" -c '' 2>/dev/null || { sleep 2 && "$venv/bin/python" -c '' 2>/dev/null; }; } # a disk may be slow
 if [ -f "$stamp" ] && runs; then

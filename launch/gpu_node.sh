@@ -24,18 +24,29 @@ Environment: that of launch/env.sh, and DPO_JAX_DETACHED (see launch/detached.sh
 TEXT
 }
 
+# The GPUs that the program will see.
+count_gpus() {
+  if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    local commas=${CUDA_VISIBLE_DEVICES//[^,]/}
+    echo $((${#commas} + 1))
+  else
+    nvidia-smi --list-gpus | grep -c '^GPU '
+  fi
+}
+
 start() {
   program_of "$@"
   # Without this a broken driver would end in a quiet installation for the CPU.
   [ "$dry_run" = yes ] || [[ $(nvidia-smi --list-gpus 2>/dev/null) == 'GPU '* ]] || die "nvidia-smi finds no GPU on this machine" 1
-  check_first -- "${program[@]}"
+  [ "$dry_run" = yes ] || gpus=--check-devices=$(count_gpus)
+  check_first ${gpus:+"$gpus"} -- "${program[@]}"
   run ./launch/env.sh
-  [ "$dry_run" = yes ] || [ "$checked" = yes ] || check_first -- "${program[@]}"
+  [ "$dry_run" = yes ] || [ "$checked" = yes ] || check_first ${gpus:+"$gpus"} -- "${program[@]}"
   run ./launch/detached.sh start "${program[@]}"
 }
 
 . launch/common.bash
-program=()
+program=() gpus=''
 [ "${1:-}" != --dry-run ] || { dry_run=yes && shift; }
 case ${1:-} in
   -h | --help) usage ;;

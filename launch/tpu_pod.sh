@@ -272,6 +272,7 @@ see_it_end() {
     [ "$dry_run" = no ] || { status all && return; }
     lines=$(status all || true)
     [ "$of" != 0 ] || of=$(count_workers) || of=0
+    of=${of:-0}
     case $lines in
       *' running '*) # the others notice after run.heartbeat_seconds that one has ended
         first=$(status 0 || true) rounds=0

@@ -109,6 +109,19 @@ def pytest_runtest_setup(item):
 # checks in one of them. `.ci/run` runs all. By file: the beginnings of their names.
 LONG = {
     "attention": (
+        "test_rows_and_heads_over_a_mesh[chunked",
+        "test_path_equals_dense[splash-plain]",
+        "test_path_equals_dense[splash-plain, window]",
+        "test_path_equals_dense[splash-packed]",
+        "test_path_equals_dense[splash-shared, window]",
+        "test_path_equals_dense[flash-plain]",
+        "test_path_equals_dense[flash-plain, window]",
+        "test_path_equals_dense[flash-packed]",
+        "test_path_equals_dense[flash-shared, window]",
+        "test_path_equals_dense[cudnn-plain]",
+        "test_path_equals_dense[cudnn-plain, window]",
+        "test_path_equals_dense[cudnn-packed]",
+        "test_path_equals_dense[cudnn-shared, window]",
         "test_rows_and_heads_over_a_mesh[flash",
         "test_rows_and_heads_over_a_mesh[splash",
         "test_a_decoder_on_packed_rows_equals_the_dense_one",
@@ -118,10 +131,13 @@ LONG = {
         "test_the_command_leaves",
     ),
     "calibration": (
+        "test_correlations_that_were_planted",
         "test_calibration_error_that_was_planted_is_found[1.0",
         "test_calibration_error_that_was_planted_is_found[2.5",
     ),
     "check": (
+        "test_plain_files_need_no_tensorflow_datasets[audit-tfds",
+        "test_plain_files_need_no_tensorflow_datasets[prepare",
         "test_rows_pass_here",
         "test_the_bench_times_a_step",
     ),
@@ -131,6 +147,7 @@ LONG = {
     "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
     "cli_diffusion": ("test_digits",),
     "image_runs": (
+        "test_preferences_are_enough",
         *(
             "test_bad_images",
             "test_a_run_starts",
@@ -161,7 +178,10 @@ LONG = {
         "test_log_probabilities_and_gradients_are_those_of_one_device[gemma2-odd",
     ),
     "cli_scenes": ("test_scenes",),
-    "control": ("test_the_command",),
+    "control": (
+        "test_cpl_on_preferences_by_exact_regret",
+        "test_the_command",
+    ),
     "diffusion": (
         *("test_the_loss_is_the_papers_in_float64[elbo", "test_devices_and_microbatches_change_nothing"),
         *("test_training_ends", "test_with_eight_draws", "test_the_bound_of_many_draws"),
@@ -176,11 +196,18 @@ LONG = {
     "cli_runs": ("test_a_sum_of_losses", "test_several_temperatures", "test_a_run_in_steps_that_keeps"),
     "emitted": ("test_what_a_policy_samples_is_judged",),
     "expert_mesh": (
+        "test_rows_in_pieces_route",
         *("test_steps_are_those_of_one_device", "test_log_probabilities_and_gradients", "test_microbatches_on_a_mesh"),
         *("test_a_run_continues_on_another_mesh", "test_an_adapter_beside_experts", "test_the_program_trains_experts"),
     ),
     "expert_bench": ("test_a_line_for_each_mixture",),
-    "faults": ("test_sigterm_saves", "test_a_second_sigterm", "test_a_host_that_is_killed", "test_a_full_disk_ends"),
+    "faults": (
+        "test_kill_9_at_random_times[1",
+        "test_sigterm_saves",
+        "test_a_second_sigterm",
+        "test_a_host_that_is_killed",
+        "test_a_full_disk_ends",
+    ),
     "flash": (
         "test_the_kernels_visit_the_blocks_in_which_somebody_sees_something[None",
         *(f"test_families_equal_dense_on_plain_rows[{family}" for family in ("gemma3", "gpt", "llama")),
@@ -202,7 +229,10 @@ LONG = {
     ),
     "hosts": ("test_several_processes_take", "test_a_signal_to_one_process", "test_an_error_of_one_host"),
     "hosts_lab": ("test_ppo_on_two", "test_a_frontier_on_two", "test_online_on_two", "test_labels_a_learned_reward"),
-    "implicit_rewards": ("test_swapped_sides",),
+    "implicit_rewards": (
+        "test_rewardbench_is_read_as_it_is",
+        "test_swapped_sides",
+    ),
     "interrupts": ("test_a_signal_outside_of_training", "test_an_interrupted_program_that_does_not_return"),
     "judge": ("test_a_thousand_pairs_through_faults[True",),
     "judge_program": ("test_a_kill_costs_no_second_question",),
@@ -221,12 +251,31 @@ LONG = {
     "losses": ("test_plackett_luce_of_two_is_dpo_bit_for_bit[float32",),
     "models": (
         *(
+            f"test_prefill_and_single_tokens_equal_forward[{case}-apart"
+            for case in (
+                "gpt_neox",
+                "gpt_neox_sequential",
+                "gptj",
+                "llama",
+                "llama_biased",
+                "mistral",
+                "olmo2",
+                "olmoe",
+                "qwen2",
+                "qwen3",
+                "smollm3",
+            )
+        ),
+        "test_shared_and_packed_rows_equal_plain_rows[llama]",
+        *(
             f"test_shared_and_packed_rows_equal_plain_rows[{case}"
             for case in ("gemma2", "olmo", "smollm3", "phi3", "mixtral", "gpt_neox", "llama_biased", "mistral", "gptj", "qwen")
         ),
         "test_kernels_are_rounded_once_without_remat[gemma3",
     ),
     "multidevice": (
+        "test_every_way_to_run[data 2 x fsdp 2 reversed",
+        "test_microbatches",
         "test_what_a_mesh_cuts_apart_is_computed_as_a_whole",
         "test_microbatches_on_a_mesh",
         "test_shard_map",
@@ -236,7 +285,11 @@ LONG = {
             for way in ("fsdp 4", "data 4", "a model without", "data 2 x fsdp 2 reversed")
         ),
     ),
-    "online_program": ("test_rounds_by_a_judge_that_stops", "test_rounds_by_an_exact_reward"),
+    "online_program": (
+        "test_the_reference_of_a_round_is_the_policy_with_its_adapter",
+        "test_rounds_by_a_judge_that_stops",
+        "test_rounds_by_an_exact_reward",
+    ),
     "ppo_resume": tuple(f"test_a_killed_run_ends_with_the_same_bits[{way}" for way in ("pmap", "mesh")),
     "nodes": ("test_two_processes_find_each_other",),
     "notebook": ("test_",),
@@ -259,6 +312,7 @@ LONG = {
         "test_shellcheck",
     ),
     "ppo": (
+        "test_the_adaptive_coefficient",
         "test_what_is_collected_is_what_the_sampler_drew",
         "test_collecting_does_not_depend_on_devices[pmap",
     ),
@@ -282,11 +336,15 @@ LONG = {
         "test_greedy_is_argmax_of_the_forward_pass[gemma3",
         "test_lengths_and_keys_are_those",
     ),
-    "sampling_lanes": tuple(
-        f"test_completions_that_share_a_prompt_are_those_that_do_not[{case}" for case in ("adapter", "windows")
+    "sampling_lanes": (
+        *tuple(f"test_completions_that_share_a_prompt_are_those_that_do_not[{case}" for case in ("adapter", "windows")),
+        "test_completions_that_share_a_prompt_are_those_that_do_not[grouped",
     ),
     "sampling_race": ("test_our_greedy",),
     "step": (
+        "test_partitioners_agree[pmap",
+        "test_shard_map_agrees[checked-1",
+        "test_shard_map_agrees[unchecked-2",
         "test_chunks_without_a_used_position",
         "test_a_step_on_rankings_of_two",
     ),
@@ -296,6 +354,11 @@ LONG = {
         "test_the_implicit_reward_is_the_true_one_up_to_a_function_of_the_prompt[reference",
     ),
     "training": ("test_it_is_twenty_lines",),
+    "training_samples": ("test_samples_at_each_evaluation",),
+    "dialogue": ("test_a_policy_is_enumerated",),
+    "chat_runs": ("test_ppo_stops_there_too",),
+    "win_rates": ("test_exact_coverage_is_never_low_where_two_or_more_pairs_are_unlike_the_rest[60",),
+    "cpl": ("test_cpl_learns_from_images",),
 }
 APART = {"soak", "parity", "plan", "browser", "writers"}
 """Marks of tests that run only where they are asked for: these are not long as well."""

@@ -56,7 +56,7 @@ def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
         cut = [without(part, inner) for part in parts] if isinstance(parts, list) else without(parts, inner)
         return row | {outer: cut}
 
-    assert detect_format(format.example) == (format.name if format.told_by else "hh")
+    assert detect_format(format.example) == (format.name if format.told_by else {"chat_texts": "trl"}.get(format.name, "hh"))
     asked = "auto" if format.told_by else format.name
     rows = "any" if format.rows == "demonstrations" else format.rows
     pairs = load(write(tmp_path / "train.jsonl", format.example), format=asked, tokenizer=tokenizer, rows=rows)
@@ -88,6 +88,14 @@ def test_hh_as_chats_is_trl_of_the_same_messages(tmp_path, tokenizer):
     [same] = load(write(tmp_path / "trl" / "train.jsonl", messages), tokenizer=tokenizer)
     assert pair == same
     assert pair.prompt.count("<|im_start|>") == 4
+
+
+def test_texts_as_turns_are_trl_of_the_same_messages(tmp_path, tokenizer):
+    row, asked = {"prompt": "r ", "chosen": "yes\n", "rejected": " no"}, [turn("user", "r ")]
+    messages = {"prompt": asked, "chosen": [turn("assistant", "yes\n")], "rejected": [turn("assistant", " no")]}
+    [pair] = load(write(tmp_path / "texts" / "train.jsonl", row), format="chat_texts", tokenizer=tokenizer)
+    [same] = load(write(tmp_path / "trl" / "train.jsonl", messages), tokenizer=tokenizer)
+    assert pair == same
 
 
 @pytest.mark.parametrize(

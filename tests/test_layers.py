@@ -143,7 +143,7 @@ def test_imports_only_from_lower_floors():
 
 
 def test_commands_are_no_library():
-    """What several commands need lies beside them. Only the sweep may run another command: it trains its own reference."""
+    """What several need lies beside them. Only `starting_policy` runs another command: it trains a missing reference."""
     borrowed = [
         f"{place} imports {dotted}"
         for name, place, dotted in imports()

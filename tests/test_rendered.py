@@ -105,7 +105,7 @@ def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_p
         if not finished:
             assert found.rejected.tolist() == chatty("By bus.", add_special_tokens=False)["input_ids"]
             (whole,) = with_ends([found], chatty)  # as a reward model reads the text
-            np.testing.assert_array_equal(whole.rejected, wanted.rejected)
+            np.testing.assert_array_equal(whole.rejected, with_ends([wanted], chatty)[0].rejected)
             assert whole.unended == ()
 
 

@@ -9,6 +9,8 @@ import yaml
 from test_pods import LAUNCH
 from test_pods import cloud as cloud
 
+from dpo_jax.runtime.rundir import RunDir
+
 
 def test_skypilot_tells_each_machine_who_it_is(cloud):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
@@ -32,7 +34,8 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     assert words[-5:] == ["--distributed", "auto", "10.0.0.1:8476", "2", "1"]
     results = cloud.clone / "runs" / "hh" / "dpo"
     results.mkdir(parents=True)
-    (results / "metrics.jsonl").write_text("{}")
+    for name in ("env.json", "metrics.jsonl"):
+        (results / name).write_text("{}")
     first = task["run"].replace(mount, str(cloud.share))
     sky["SKYPILOT_NODE_RANK"] = "0"
     cloud.add("dpo-jax", "exit 143", folder=venv)
@@ -53,6 +56,12 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
     cloud.add("dpo-jax", "exit 0", folder=venv)
     assert code() == 0
+    # On a new machine the curve goes on, in a folder that dpo-jax takes for its own.
+    shutil.rmtree(cloud.clone / "runs")
+    assert code() == 0
+    with RunDir(results) as run:
+        assert run.metrics.read_text() == "{}"
     shutil.rmtree(results)
+    shutil.rmtree(cloud.share / "hh" / "dpo")
     assert code() == 74
     assert shlex.split(task["setup"])[-1] == "./launch/env.sh"

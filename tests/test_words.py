@@ -87,7 +87,7 @@ def told(args, capsys):
             ["--gradient_accumulation_steps", "8"],
             "--dpo.microbatches: into how many parts a batch is split; --dpo.batch = ",
         ),
-        (["--truncation-mode", "keep_start"], "--data.truncation, which cuts prompts only; keep keep_end"),
+        (["--truncation-mode", "keep_start"], "--data.truncation, where completions is TRL's keep_start"),
         (["--load-in-4bit"], "--lora.base-dtype bfloat16 halves the frozen weights; --model.remat full"),
         (["--lora.r", "8"], "--lora.rank"),
         (["--lora.modules-to-save", "lm_head"], "not offered: with --lora.rank only the adapter is trained"),
@@ -175,5 +175,6 @@ def test_commands_of_trl_are_answered(command, here, capsys):
 
 
 def test_options_that_no_section_of_a_command_has_are_said_to_be_unread():
-    assert words.instead("--loss_type", {"sft.lr"}) == "dpo.loss, which this command does not read"
+    assert words.instead("--f_divergence_type", {"sft.lr"}) == "dpo.f_divergence, which this command does not read"
+    assert words.instead("--loss_type", {"sft.lr", "sft.loss"}) == "sft.loss"
     assert words.instead("--num_train_epochs", {"frontier.reward_model_epochs"}) == "frontier.reward_model_epochs"

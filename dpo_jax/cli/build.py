@@ -178,9 +178,6 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
 def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None, images: bool = False) -> Model:
     decoder, dtype = decoder_config(hf, images=images), PRECISIONS[config.run.precision]
     platform = platform or jax.default_backend()
-    if platform == "tpu" and dtype == jnp.float32:
-        # Kernels of JAX multiply as this says, and by default in bfloat16. It must hold when a backward pass is traced, too.
-        jax.config.update("jax_default_matmul_precision", "highest")
     try:
         asked, pieces = config.model.attention, config.mesh.context
         path = attention_path(asked, platform=platform, config=decoder, dtype=dtype, pieces=pieces)

@@ -32,7 +32,7 @@ VERSION = 1
 HASHED_BYTES = 256 * 2**20
 MOST_FILES = 10_000
 LOCK = "run.lock"
-# Model cards change when `dpo-jax eval` runs; locks and these two are not results of training.
+# Among the outputs: model cards change when `dpo-jax eval` runs; locks and these two are not results of training.
 NOT_COMPARED = {"README.md", LOCK, RECORD}
 ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
 

@@ -49,8 +49,8 @@ from dpo_jax.untrusted import LIMITS
 from dpo_jax.writing import naming_errors
 
 STDOUT = "standard output"
-ONLY_PRINT = {"audit", "plan", "sample"}
-"""Commands that end, with code 0, once nobody reads what they print; others go on, because they write files."""
+_STREAMS: list[Any] = []
+"""Standard output and error of the program; empty for callers of `main`."""
 
 
 def main(args: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def _ended(args: list[str]) -> int:
         print("\ndpo-jax: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # `dpo-jax audit ... | head`
+        if isinstance(error, BrokenPipeError) and error.filename == STDOUT:  # `dpo-jax sample ... | head`, and --help
             with contextlib.suppress(OSError):
                 _to_nowhere(sys.stdout)
             return 0
@@ -89,18 +89,19 @@ def _to_nowhere(stream: Any) -> None:
 
 
 def _outliving_its_reader(stream: Any) -> None:
-    """Makes a stream go to nowhere once nobody reads it (`dpo-jax dpo ... | tee`, and tee is killed): the work goes on."""
-    write, flush = stream.write, stream.flush
+    """Makes a stream go to nowhere once nobody reads it (`dpo-jax dpo ... 2>&1 | tee log`, and tee dies): the work goes on."""
 
     def attempted(work: Any, *arguments: Any) -> Any:
         try:
             return work(*arguments)
         except BrokenPipeError:
             _to_nowhere(stream)
-            print("dpo-jax: nobody reads the standard output any more; the command goes on without it", file=sys.stderr)
+            if stream is not sys.stderr:
+                print("dpo-jax: nobody reads the standard output any more; the command goes on without it", file=sys.stderr)
             return work(*arguments)
 
-    stream.write, stream.flush = functools.partial(attempted, write), functools.partial(attempted, flush)
+    for name in ("write", "flush"):
+        setattr(stream, name, functools.partial(attempted, getattr(stream, name)))
 
 
 def _traceback_wanted() -> bool:
@@ -161,6 +162,9 @@ def _refuse_pieces(name: str, config: Config) -> None:
 
 def _execute(name: str, config: Config) -> int:
     module = module_of(name)
+    if name != "sample":  # whose completions are what it prints; all others have files to write and checks to make
+        for stream in _STREAMS:
+            _outliving_its_reader(stream)
     if any(option.startswith("tokenizer") for option in COMMANDS[name].reads):  # it makes token ids of the data
         config = fix(config)
     if name not in TRAINING:
@@ -271,8 +275,7 @@ def program() -> NoReturn:
     sys.excepthook = _uncaught
     if sys.stdout is not None:
         naming_errors(sys.stdout, STDOUT)
-        if sys.argv[1:2] and sys.argv[1] in {*COMMANDS} - ONLY_PRINT:
-            _outliving_its_reader(sys.stdout)
+        _STREAMS.extend(stream for stream in (sys.stdout, sys.stderr) if stream is not None)
     run_program(main)
 
 

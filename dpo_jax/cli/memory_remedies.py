@@ -41,7 +41,7 @@ def _of_the_same_run(name: str, config: Config) -> Iterator[tuple[str, str]]:
     training = getattr(config, section)
     if _reads(name, f"{section}.microbatches"):
         now = training.microbatches
-        shards = 1 if config.data.layout == "packed" else row_shards(config, jax.device_count()) or 1
+        shards = row_shards(config, jax.device_count()) or 1
         fitting = (count for count in divisors(training.batch) if count > now and training.batch % (shards * count) == 0)
         more = next(fitting, None)
         if more is not None:

@@ -13,7 +13,7 @@ from dpo_jax.runtime.optim import make_optimizer
 
 
 def ppo_method(config: Config, world: World) -> PpoMethod:
-    """PPO with the options of section frontier; also used by `dpo-jax ppo`."""
+    """Raises `ConfigError` if completions do not divide over minibatches, devices and microbatches."""
     section, parts = config.frontier, config.dpo.microbatches * world.partitioner.row_shards
     options = PpoOptions(
         iterations=section.ppo_iterations,

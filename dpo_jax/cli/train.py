@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.images import Vision
+from dpo_jax.cli.preflight.devices import empty_rows
 from dpo_jax.cli.preflight.packages import check_bucket
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.encode import image_bytes
@@ -81,6 +83,7 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> Sa
     """
     directory = config.checkpoints_of(task)
     check_bucket(directory)
+    _refuse_own_export(config, task)
     if not config.run.resume and has_steps(directory):
         raise ConfigError(f"run.resume: is off, but {directory} holds checkpoints; turn it on, or choose another --run.dir")
     saved = saved_run(directory, place=f"{config.run.dir}/{task}")
@@ -88,6 +91,15 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> Sa
         with identity.refusing_mismatch():
             fingerprint.check_settings(saved.place, saved.fingerprint, identity.settings(config, section))
     return saved
+
+
+def _refuse_own_export(config: Config, task: str) -> None:
+    """Raises `ConfigError` if a run starts from the folder to which it will write its model."""
+    named = {"model.path": config.model.path, "dpo.policy": config.dpo.policy, "dpo.reference": config.dpo.reference}
+    export = os.path.realpath(Path(config.run.dir, task, "export"))
+    for option, path in named.items():
+        if path is not None and os.path.realpath(Path(path).expanduser()) == export:
+            raise ConfigError(f"{option}: {path} is where this run writes its own model; choose another --run.dir")
 
 
 def plan_training(
@@ -184,6 +196,9 @@ def train(
         flush=True,
     )
     _note_long_warmup(section, plan.steps, lr)
+    if warning := empty_rows(section, partitioner.row_shards):
+        print(f"note: {run.path.name}.{warning}", flush=True)
+    _note_full_disk(config, run, state)
     facts = {
         **identity.settings(config, section),
         **weights,
@@ -193,9 +208,12 @@ def train(
         "behind": plan.behind,
     }
 
+    stopping = early_stopping(section)
+
     def begin() -> None:
         build.describe(run, config, *data.reports)
-        if hosts.is_first() and (plan.saved is None or plan.saved.step < plan.steps):
+        stopped = stopping is not None and stopping.stopped  # known once the run is resumed, and then its export is right
+        if hosts.is_first() and not stopped and (plan.saved is None or plan.saved.step < plan.steps):
             run.card.unlink(missing_ok=True)  # it describes the weights of fewer steps
             _set_export_aside(run)
 
@@ -227,7 +245,7 @@ def train(
             evaluate=evaluate,
             eval_every=math.ceil(config.run.eval_every_examples / section.batch),
             eval_at_start=config.run.eval_at_start,
-            stopping=early_stopping(section),
+            stopping=stopping,
             moving=moving,
             lr=lr,
             check=check,
@@ -263,6 +281,23 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
         print(
             f"note: warm-up takes {warmup} steps, and the run has {steps}: the learning rate reaches only "
             f"{reached:.0%} of {section.lr:g} ({option})",
+            flush=True,
+        )
+
+
+def _note_full_disk(config: Config, run: RunDir, state: TrainState) -> None:
+    """Prints a note if the disk has less room than the checkpoints take that the run keeps, and one that is being written."""
+    directory = Path(config.checkpoints_of(run.path.name))
+    if "://" in str(directory) or not hosts.is_first():
+        return
+    size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(frozen={})))
+    size //= jax.local_device_count() if config.run.devices == "pmap" else 1
+    place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    needed, free = size * (config.run.max_to_keep + 1), shutil.disk_usage(place).free
+    if needed > free:
+        print(
+            f"note: a checkpoint takes {size / 1e9:,.1f} GB, and {config.run.max_to_keep} are kept while another is written: "
+            f"{needed / 1e9:,.1f} GB, but {place} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)",
             flush=True,
         )
 

@@ -88,7 +88,7 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "the head is computed in chunks in any case; " + _KERNEL),
     **dict.fromkeys(("torch_compile", "torch_compile_backend", "torch_compile_mode"), _COMPILED),
     "neftune_noise_alpha": "noise on embeddings (NEFTune) is not offered",
-    "loss_type": "dpo.loss; of sft sft.loss, where mean is TRL's nll (dft is not offered)",
+    "loss_type": "*.loss",
     "label_smoothing_factor": "smoothing of tokens is not offered; dpo.label_smoothing is the share of swapped labels",
     **dict.fromkeys(
         ("ref_model", "ref_model_name_or_path", "reference_model"),
@@ -242,6 +242,7 @@ _PRECISIONS: Mapping[str, str] = {
 VALUES: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys(("sft.schedule", "dpo.schedule"), _SCHEDULES),
     **dict.fromkeys(("sft.optimizer", "dpo.optimizer"), _OPTIMIZERS),
+    "sft.loss": {**dict.fromkeys(("nll", "chunked_nll"), "mean"), "dft": "not offered; mean or sum"},
     "dpo.loss": {"kto_pair": "kto, on single completions; each pair is split"},
     "lora.targets": {"all-linear": "all"},
     "run.precision": _PRECISIONS,
@@ -260,8 +261,8 @@ def markdown() -> str:
     lines += [f"| {', '.join(names)} | {answer} |" for answer, names in rows.items()]
     lines += ["", "| option | value there | value here |", "|---|---|---|"]
     for option, values in VALUES.items():
-        if option.startswith("sft."):
-            continue
+        if option.startswith("sft.") and f"dpo.{option[4:]}" in VALUES and VALUES[f"dpo.{option[4:]}"] is values:
+            continue  # the same for both
         told: dict[str, list[str]] = {}
         for value, answer in values.items():
             told.setdefault(answer.replace("*.", "dpo."), []).append(f"`{value}`")

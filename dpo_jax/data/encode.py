@@ -261,8 +261,9 @@ def with_bos(ids: np.ndarray, tokenizer: Any, *, bos: Bos = "auto", chat: bool =
 
 
 def cut_prompt(ids: np.ndarray, limit: int, tokenizer: Any, *, truncation: Truncation = "keep_end") -> np.ndarray:
-    """A prompt cut to `limit` tokens: its first ones, or its last ones with a leading BOS kept."""
-    if len(ids) <= limit:
+    """A prompt cut to `limit` tokens: its first ones, or its last ones with a leading BOS kept. With `truncation` "completions"
+    it stays whole."""
+    if len(ids) <= limit or truncation == "completions":
         return ids
     if truncation == "keep_start":
         return ids[:limit]

@@ -187,6 +187,13 @@ _FORMATS = (
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
     ),
     Format(
+        "chat_texts",
+        "texts as turns of a chat, rendered with the tokenizer's template; never detected, so set `data.format: chat_texts`",
+        {"prompt": Column("the user's turn"), "system": _SYSTEM, "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
+        (),
+        {"prompt": "What is 2 + 2?", "chosen": "4.", "rejected": "5."},
+    ),
+    Format(
         "trl",
         "TRL's four forms: texts or messages, the prompt in its own column or implicit",
         {

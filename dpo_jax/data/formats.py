@@ -121,6 +121,18 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     return one_each(rows, preference)
 
 
+def chat_texts(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """A prompt and two answers as texts that are turns of a chat, rendered with the tokenizer's chat template."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        turns = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
+        turns.append({"role": "user", "content": text(row, "prompt")})
+        sides = ([{"role": "assistant", "content": text(row, side)}] for side in ("chosen", "rejected"))
+        return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer)
+
+    return one_each(rows, preference)
+
+
 def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """PKU-SafeRLHF: a question and two answers; `better_response_id` is the more helpful one. Rendered like RewardBench."""
 

@@ -96,7 +96,7 @@ class GainFit(NamedTuple):
     reach: float  # the largest measured KL
     rms: float  # root mean squared residual, in units of the reward
     points: int
-    runs: int
+    runs: int  # with two points or more, on which the intervals depend
 
     @property
     def falls(self) -> bool:
@@ -159,7 +159,7 @@ def fit_gains(
         reach=float(kl.max()),
         rms=float(np.sqrt(np.mean(residuals**2))),
         points=len(kl),
-        runs=int(of.max()) + 1,
+        runs=max(1, len(each)),  # that the intervals are over
     )
 
 

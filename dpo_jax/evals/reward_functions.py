@@ -177,13 +177,13 @@ def learned(
     and gets all rewards. Raises `ValueError` for a text of more than `length` tokens.
     """
 
-    after = turn_end(tokenizer)
+    after, rest = turn_end(tokenizer), _rest(tokenizer)
 
     def encoded(prompt: str, completion: str) -> tuple[np.ndarray, np.ndarray]:
         chat = is_rendered(prompt, tokenizer)
         asked = with_bos(token_ids(prompt, tokenizer), tokenizer, bos=bos, chat=chat)
         if chat and tokenizer.eos_token not in completion:
-            answer = np.concatenate([ended_ids(completion + after, tokenizer, chat=True), _rest(tokenizer)])
+            answer = np.concatenate([ended_ids(completion + after, tokenizer, chat=True), rest])
         else:
             answer = np.append(token_ids(completion, tokenizer), np.int32(tokenizer.eos_token_id))
         return asked, answer[: _end(answer, pad_token_id)]
@@ -204,19 +204,23 @@ def learned(
 
 def with_ends(pairs: Sequence[Encoded], tokenizer: Any) -> list[Encoded]:
     """The pairs as a reward model reads them: with all that the chat template writes after a turn, of which a policy learns
-    only the first token; and also samples that were cut off end, because a reader of texts cannot know this."""
-    rest = _rest(tokenizer)
+    only the first token. Samples that a token limit cut off end as well, because a reader of texts cannot know this;
+    completions cut to `max_length` do not.
+    """
+    rest, after = _rest(tokenizer), turn_end(tokenizer)
+    ends = {chat: ended_ids(after if chat else "", tokenizer, chat=True) for chat in (False, True)}
 
     def whole(pair: Encoded) -> Encoded:
         if not (pair.unended or len(rest)):
             return pair
-        chat = is_rendered(tokenizer.decode(pair.prompt), tokenizer)
-        ends = ended_ids(turn_end(tokenizer) if chat else "", tokenizer, chat=True) if pair.unended else rest
-        more = {side: [*([ends] if side in pair.unended else []), *([rest] if chat else [])] for side in ("chosen", "rejected")}
-        found: dict[str, Any] = {side: np.concatenate([getattr(pair, side), *tails]) for side, tails in more.items()}
+        chat, found = is_rendered(tokenizer.decode(pair.prompt), tokenizer), {}
         for side in ("chosen", "rejected"):
+            if getattr(pair, f"{side}_cut"):
+                continue
+            tail = [*(ends[chat] if side in pair.unended else []), *(rest if chat else [])]
+            found[side] = np.append(getattr(pair, side), np.array(tail, np.int32))
             if (scored := getattr(pair, f"{side}_scored")) is not None:
-                found[f"{side}_scored"] = np.append(scored, np.ones(len(found[side]) - len(scored), bool))
+                found[f"{side}_scored"] = np.append(scored, np.ones(len(tail), bool))
         return dataclasses.replace(pair, **found, unended=())
 
     return [whole(pair) for pair in pairs]

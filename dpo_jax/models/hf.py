@@ -27,7 +27,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, shares
 from dpo_jax.models.families import decoder_config, family_of
-from dpo_jax.models.folder import ADAPTER, adapter_base, check_kind, read_config
+from dpo_jax.models.folder import ADAPTER, adapter_base, check_kind, is_scorer, read_config
 from dpo_jax.models.generation import GENERATION, generation_config
 from dpo_jax.models.generation import end_tokens as end_tokens_of
 from dpo_jax.models.hf_settings import older_rotary_keys
@@ -128,7 +128,7 @@ def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None
                     if digest is not None:
                         digest.note(piece)
                     yield piece
-        if config.tied:
+        if config.tied and not is_scorer(config.hf):  # a head that was left beside a score is not read
             checkpoint.check_tied_head((config.vocab_size, config.width), share=(number, hosts))
     if adapter is not None and digest is not None:
         adapter.check_base(digest.hexdigest())

@@ -95,6 +95,8 @@ def choose_pairs(
     [[0, 0, 1], [0, 0, 2], [0, 2, 1]]
     """
     rewards = np.asarray(rewards, np.float64)
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"the reward is {rewards[~np.isfinite(rewards)][0]}, not a finite number")
     places = np.tile(np.arange(rewards.shape[-1]), (len(rewards), 1))
     if how == "best_worst" and rewards.shape == (len(texts), rewards.shape[-1]) and len(texts):
         usable = np.array([[bool(text.strip()) and not (eos and eos in text) for text in row] for row in texts])

@@ -196,7 +196,9 @@ class Checkpoints:
             self.wait()
             return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
         if damaged:
-            where = self.directory if self._read_only else self.directory / QUARANTINE
+            if self._read_only:
+                raise CheckpointDamaged(f"{self.directory}: no checkpoint verifies (steps {damaged})")
+            where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); {_TO_START_OVER}")
         if not steps and not self._read_only and (lost := self._in_quarantine()):
             where = self.directory / QUARANTINE

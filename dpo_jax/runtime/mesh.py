@@ -79,12 +79,15 @@ def host_part(mesh: Mesh) -> tuple[int, int]:
 
     Hosts along the context and tensor axes supply the same part. It is (0, 1), the whole batch, on all hosts if the row shards
     of some host do not follow one another. That is common on TPUs, where the mesh follows the links of the torus: a host of
-    2 x 2 chips in a v5e 4x4 slice has the row shards 0, 1, 6 and 15 of 16. The batch is a few integers per token.
+    2 x 2 chips in a v5e 4x4 slice has the row shards 0, 1, 6 and 15 of 16. The batch is a few integers per token, and the
+    features of its images. Raises `MeshError` if the mesh has no device of this host.
     """
     shards: dict[int, list[int]] = {}
     for number, devices in enumerate(mesh.devices.reshape(row_shards(mesh), -1)):
         for process in {device.process_index for device in devices}:
             shards.setdefault(process, []).append(number)
+    if jax.process_index() not in shards:
+        raise MeshError(f"no device of host {jax.process_index()} is in the mesh")
     size = len(next(iter(shards.values())))
     runs = all(own == list(range(own[0], own[0] + size)) and own[0] % size == 0 for own in shards.values())
     if not runs or row_shards(mesh) % size:

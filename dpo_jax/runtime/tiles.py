@@ -25,8 +25,8 @@ from dpo_jax.runtime import hosts
 
 TILE_BYTES = 32 << 10
 """Largest tile: a matrix of 2 MB can be on 64 hosts."""
-CHUNK_BYTES = 32 << 20  # per thread
 MOST_THREADS = 32  # a host of GPUs or TPUs has 100 cores or more
+CHUNK_BYTES = (256 << 20) // MOST_THREADS  # per thread, on the device and on the host
 MODULUS = 2**256 - 189  # a prime, so that fractions of a tile can be added: see `tile_digests`
 Box = tuple[tuple[int, int], ...]
 """(first, end) along each axis."""

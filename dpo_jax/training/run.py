@@ -288,8 +288,6 @@ def _resume(
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
-    if checkpoints.latest_step() is None:
-        return state
     found = _read(checkpoints, state, partitioner)
     if found is None:
         return state

@@ -130,7 +130,7 @@ def _template(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:
         return
     if not report["conversations"]:
         found = "the tokenizer has a chat template, which is not used, as the data are plain texts"
-        yield _note("template", found, "a chat model needs rows of messages")
+        yield _note("template", found, "a chat model needs turns: --data.format chat_texts, or rows of messages")
         return
     if template["date"] is not None:
         found = f"the template writes a date, {template['date']!r}, into every prompt"

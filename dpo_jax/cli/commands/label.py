@@ -6,10 +6,13 @@ with `data.path` set to the folder; and `data_report.json`, in which kept + drop
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import jax
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, sized
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
@@ -19,10 +22,13 @@ from dpo_jax.runtime.hosts import is_first
 
 def run(config: Config) -> int:
     config = sized(config)
+    own = Path(config.run.dir, "label")
+    if config.data.path is not None and os.path.realpath(Path(config.data.path).expanduser()) == os.path.realpath(own):
+        raise ConfigError(f"data.path: {config.data.path} is where label writes; choose another --run.dir")
     with build.open_run(config, "label") as run_dir:
         world, _ = make_world(config, train="prompts", test="test_prompts")
         build.describe(run_dir, config)
-        if is_first():  # pairs of an earlier run must not stand beside those of this one
+        if is_first():  # a kill must not leave pairs of an earlier run beside those of this one
             for old in (
                 *(f"{split}.jsonl" for split in (config.data.train_split, config.data.test_split)),
                 run_dir.data_report.name,

@@ -7,15 +7,17 @@ It starts from the starting policy and writes to `<run.dir>/reward-model`: `expo
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 from dpo_jax.cli import build, identity, splits
-from dpo_jax.cli.config import Config
+from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import trained
-from dpo_jax.data.encode import prompt_key
+from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.prepare import data_digest
+from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.calibration import accuracy
 from dpo_jax.evals.reward_functions import with_ends
@@ -40,7 +42,7 @@ def run(config: Config) -> int:
         start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
         judge = RewardModel(partitioner, part.model)
-        learnt, final = with_ends(pairs, tokenizer), with_ends(test, tokenizer)
+        learnt, final = (_ended(config, one, tokenizer, limit=model.config.max_positions) for one in (pairs, test))
         with identity.refusing_mismatch():
             variables, validation = fit_reward_model(
                 judge,
@@ -85,5 +87,18 @@ def run(config: Config) -> int:
 
 
 def _padding(tokenizer: Any) -> int | None:
-    """The padding token, unless it is EOS: transformers would then read the score before it."""
-    return None if tokenizer.pad_token_id == tokenizer.eos_token_id else tokenizer.pad_token_id
+    """The padding token, unless it ends texts or turns: transformers would then read the score before it."""
+    ends = {tokenizer.eos_token_id, turn_end_token(tokenizer)}
+    return None if tokenizer.pad_token_id in ends else tokenizer.pad_token_id
+
+
+def _ended(config: Config, pairs: Sequence[Encoded], tokenizer: Any, *, limit: int) -> list[Encoded]:
+    """`with_ends`. Raises `ConfigError` if a text is then longer than the model reads."""
+    ended = with_ends(pairs, tokenizer)
+    longest = max((len(pair.prompt) + max(map(len, pair.completions)) for pair in ended), default=0)
+    if longest > limit:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} leaves no room for the end of a turn, with which a text has {longest} "
+            f"tokens, but the model reads {limit}: lower it by {longest - limit} or more"
+        )
+    return ended

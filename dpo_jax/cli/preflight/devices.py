@@ -28,6 +28,20 @@ def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int
     return parts
 
 
+def empty_rows(section: TrainingConfig, row_shards: int) -> str | None:
+    """A warning, beginning with the option, if a step computes rows without any example."""
+    parts = row_shards * section.microbatches
+    if section.batch < row_shards:
+        idle = f"at least {row_shards - section.batch} of the {row_shards} devices are idle"
+        return f"batch: with {section.batch} examples a step, {idle}"
+    if section.batch < parts and row_shards > 1:
+        return (
+            f"microbatches: {section.microbatches} x {row_shards} devices make {parts} rows a step, of which {section.batch} "
+            f"examples fill at most {section.batch}: with {section.batch // row_shards} or less, none is empty"
+        )
+    return None
+
+
 def devices(check: Check) -> None:
     config, count = check.config, check.scope.devices
     if config.run.devices == "single":
@@ -87,9 +101,8 @@ def training(task: str) -> Callable[[Check], None]:
         if (shards := row_shards(check.config, check.scope.devices)) is not None:
             layout = "plain" if task == "sft" and config.data.layout == "shared" else config.data.layout
             batch_parts(section, shards, layout=layout)
-            if section.batch < shards:
-                idle = f"at least {shards - section.batch} of the {shards} devices are idle"
-                check.warn(f"{task}.batch: with {section.batch} examples a step, {idle}")
+            if warning := empty_rows(section, shards):
+                check.warn(f"{task}.{warning}")
         steps = ""
         if section.steps is not None:
             check.tell("training", f"batches of {section.batch}, {section.steps:,} steps")
