@@ -2,17 +2,27 @@
 
 import re
 import shutil
+import types
 
 import jax
+import numpy as np
+import optax
 import pytest
 from conftest import GOLDEN
 from test_preflight import ROWS, check, make_place, write_config, write_model, write_rows
 
+from dpo_jax.cli import train
+from dpo_jax.cli.commands import label
+from dpo_jax.cli.config import Config, ConfigError, DataConfig, DpoConfig, ModelConfig, RunConfig, SftConfig
+from dpo_jax.cli.preflight.devices import empty_rows
+from dpo_jax.cli.train import earlier_run
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
 from dpo_jax.models.partial import chosen_parameters
 from dpo_jax.models.targets import chosen_names, parameters
+from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.step import init_state
 
 SPEAKERS = {"prompt": "user", "chosen": "assistant", "rejected": "assistant"}
 CHATS = [{name: [{"role": role, "content": name}] for name, role in SPEAKERS.items()}]
@@ -124,3 +134,45 @@ def test_parameters_have_the_names_of_the_models_variables(case):
         assert chosen_names("last_layer,final_norm.*", parameters(config), layers=config.layers) == chosen_parameters(
             "last_layer,final_norm.*", model
         )
+
+
+@pytest.mark.parametrize(
+    ("batch", "microbatches", "shards", "words"),
+    [
+        (64, 8, 8, None),
+        (64, 16, 1, None),  # one device skips empty microbatches
+        (4, 1, 8, "batch: with 4 examples a step, at least 4 of the 8 devices are idle"),
+        (64, 16, 8, "microbatches: 16 x 8 devices make 128 rows a step, of which 64 examples fill at most 64: with 8 or less"),
+    ],
+)
+def test_rows_without_an_example_are_told(batch, microbatches, shards, words):
+    found = empty_rows(DpoConfig(batch=batch, microbatches=microbatches), shards)
+    assert found is words is None or found.startswith(words)
+
+
+def test_a_run_does_not_start_from_the_folder_that_it_writes(place):
+    for task, section, changes in (
+        ("dpo", DpoConfig(policy="runs/one/dpo/export"), {}),
+        ("dpo", DpoConfig(policy="x", reference="runs/two/../one/dpo/export"), {}),
+        ("sft", SftConfig(), {"model": ModelConfig(path="runs/one/sft/export")}),
+    ):
+        config = Config(run=RunConfig(dir="runs/one"), dpo=section if task == "dpo" else DpoConfig(), **changes)
+        with pytest.raises(ConfigError, match="is where this run writes its own model; choose another --run.dir"):
+            earlier_run(config, task, section)
+
+
+def test_label_does_not_read_the_files_that_it_writes(place):
+    config = Config(run=RunConfig(dir="runs/one"), data=DataConfig(path="runs/one/label"))
+    with pytest.raises(ConfigError, match="data.path: runs/one/label is where label writes; choose another --run.dir"):
+        label.run(config)
+
+
+def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch, capsys):
+    state = init_state({"params": {"w": np.zeros((250, 1000), np.float32)}}, optax.sgd(1.0))
+    config = Config(run=RunConfig(dir=str(tmp_path), max_to_keep=2))
+    for free, told in ((4e6, False), (2e6, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: types.SimpleNamespace(free=int(free)))
+        with RunDir(tmp_path / "dpo") as run:
+            train._note_full_disk(config, run, state)
+        words = "a checkpoint takes 0.0 GB, and 2 are kept while another is written: 0.0 GB, but"
+        assert (words in capsys.readouterr().out) == told

@@ -9,6 +9,7 @@ from dpo_jax.cli import words
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, every_option, load_config
 from dpo_jax.cli.config.file import types_of
+from dpo_jax.cli.flags import parse
 from dpo_jax.cli.word_table import VALUES, WORDS
 
 SMALL = "run: {dir: runs/test}\ndata: {source: reviews}\nmodel: {family: gpt_neox, width: 64, layers: 2, heads: 4}\n"
@@ -178,3 +179,22 @@ def test_options_that_no_section_of_a_command_has_are_said_to_be_unread():
     assert words.instead("--f_divergence_type", {"sft.lr"}) == "dpo.f_divergence, which this command does not read"
     assert words.instead("--loss_type", {"sft.lr", "sft.loss"}) == "sft.loss"
     assert words.instead("--num_train_epochs", {"frontier.reward_model_epochs"}) == "frontier.reward_model_epochs"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--dpo.beta", "0.2"],
+        ["--dpo.beta=0.2", "--run.seed", "3"],
+        ["--dpo.warmup-steps", "5", "--dpo.warmup_steps", "7"],
+        ["--data.max-train", "None"],
+        ["--run.no-resume"],
+        ["--lora.rank", "4"],
+    ],
+    ids=" ".join,
+)
+def test_a_parser_of_the_named_options_gives_what_that_of_all_gives(flags, small, monkeypatch):
+    """It is built ten times faster."""
+    few = parse("dpo", [str(small), *flags])
+    monkeypatch.setattr("dpo_jax.cli.flags._only_named", lambda flags, shown: shown)
+    assert parse("dpo", [str(small), *flags]) == few

@@ -46,6 +46,11 @@ from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Array, Model, Partitioner, TrainState, Variables
 from dpo_jax.writing import write_text
 
+PLAIN_TEXTS = (
+    "the data are plain texts, so the chat template of the tokenizer is not used; for an instruct model set data.format: "
+    "chat_texts, which makes turns of them"
+)
+
 
 class TrainingData(NamedTuple):
     """Token ids for training and evaluation, and the reports of the rows that were read."""
@@ -199,6 +204,9 @@ def train(
     if warning := empty_rows(section, partitioner.row_shards):
         print(f"note: {run.path.name}.{warning}", flush=True)
     _note_full_disk(config, run, state)
+    rendered = config.data.rendered or any(report.chat for report in data.reports)
+    if isinstance(section, DpoConfig) and plan.record["chat template"] and not rendered:
+        print(f"note: {PLAIN_TEXTS}", flush=True)
     facts = {
         **identity.settings(config, section),
         **weights,
