@@ -200,7 +200,7 @@ class Checkpoints:
                 raise CheckpointDamaged(f"{self.directory}: no checkpoint verifies (steps {damaged})")
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); {_TO_START_OVER}")
-        if not steps and not self._read_only and (lost := self._in_quarantine()):
+        if not steps and not self._read_only and (lost := self.quarantined()):
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"there are only steps {lost} in {where}, which did not verify; {_TO_START_OVER}")
         return None
@@ -220,6 +220,12 @@ class Checkpoints:
     def latest_step(self) -> int | None:
         """The newest step in the directory, verified or not."""
         return self._manager.latest_step()
+
+    def quarantined(self) -> list[int]:
+        """The steps that did not verify and were moved to quarantine."""
+        folder = self.directory / QUARANTINE
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        return sorted({int(found[1]) for name in names if (found := re.fullmatch(r"([0-9]+)(-[0-9]+)?", name))})
 
     def wait(self) -> None:
         """Returns once everything saved is on disk and sealed. Raises CheckpointWriteError otherwise."""
@@ -289,11 +295,6 @@ class Checkpoints:
         leaves = self._manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
         check_leaves(record, leaves)
         return leaves
-
-    def _in_quarantine(self) -> list[int]:
-        folder = self.directory / QUARANTINE
-        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        return sorted({int(found[1]) for name in names if (found := re.fullmatch(r"([0-9]+)(-[0-9]+)?", name))})
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
         """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""

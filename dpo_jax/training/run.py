@@ -288,6 +288,8 @@ def _resume(
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
+    if checkpoints.latest_step() is None and not checkpoints.quarantined():
+        return state  # without a copy of the state, whose form reading needs
     found = _read(checkpoints, state, partitioner)
     if found is None:
         return state
