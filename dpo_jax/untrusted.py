@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
+from dpo_jax.writing import of_the_system
+
 _CAUSE = 300  # characters of a library's message that are repeated
 _CHUNK = 2**20
 
@@ -171,7 +173,7 @@ def regular(path: str | os.PathLike[str]) -> Path:
     Names such as /dev/fd/63 and /dev/stdin, which a shell has just opened, may be pipes.
     """
     path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+    if not stat.S_ISREG(path.stat().st_mode) and not of_the_system(path):
         raise Unreadable(f"{path}: a file is needed, this is {special_kind(path)}")
     return path
 

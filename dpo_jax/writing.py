@@ -82,7 +82,7 @@ def writing(path: str | os.PathLike[str], mode: str = "w", **options: Any) -> It
         if before is not None and "x" in mode:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         if before is not None and not _is_file(path, before):
-            if stat.S_ISFIFO(before.st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+            if stat.S_ISFIFO(before.st_mode) and not of_the_system(path):
                 _check_reader(path)
             with open(path, mode, **options) as file:
                 yield file
@@ -148,7 +148,15 @@ def _check_reader(path: Path) -> None:
 
 def _is_file(path: Path, status: os.stat_result) -> bool:
     """Whether `path` is the name of a regular file. /dev/stdout is not, even where the shell redirects it to one (`> file`)."""
-    return stat.S_ISREG(status.st_mode) and not str(path).startswith(("/dev/", "/proc/"))
+    return stat.S_ISREG(status.st_mode) and not of_the_system(path)
+
+
+def of_the_system(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a name of the system for a device or an open file, such as /dev/stdout, /dev/fd/63 or /proc/self/fd/1.
+
+    /dev/shm is a disk in memory like any other.
+    """
+    return str(path).startswith(("/dev/", "/proc/")) and not str(path).startswith("/dev/shm/")
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 import contextlib
 import errno
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from dpo_jax.cli.exit_codes import exit_code, message
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.untrusted import Unreadable, regular
 from dpo_jax.writing import naming, naming_errors, write_text, write_whole, writing
 
 FULL = Path("/dev/full")  # can be opened, and holds nothing
@@ -89,3 +91,18 @@ def test_a_whole_file_is_replaced_or_stays_and_leaves_nothing_beside_it(tmp_path
     assert (file.read_bytes(), os.listdir(tmp_path)) == (b"old", ["env.json"])
     write_whole(file, b"new")
     assert file.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="Linux has it")
+def test_a_disk_in_memory_is_a_disk():
+    """Only names of open files and devices are written through; a file below /dev/shm is replaced as a whole."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        file = Path(folder) / "a"
+        file.write_text("old")
+        with pytest.raises(RuntimeError), writing(file) as out:
+            out.write("new")
+            raise RuntimeError
+        assert file.read_text() == "old"
+        os.mkfifo(Path(folder) / "pipe")
+        with pytest.raises(Unreadable, match="a file is needed, this is a pipe"):
+            regular(Path(folder) / "pipe")
