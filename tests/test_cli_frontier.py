@@ -367,7 +367,8 @@ def test_label_writes_what_the_sweep_learns_from_and_counts_every_pair(pieces):
 def test_a_reward_model_says_the_same_when_it_is_read_again(pieces):
     run, printed = pieces
     folder = str(run / "reward-model" / "export")
-    reward = learned_reward(load_config(run.parent / "toy.yaml"), folder, name="ppo.reward_model", batch=16)
+    how = {"name": "ppo.reward_model", "batch": 16, "policy": str(run / "sft" / "export")}
+    reward = learned_reward(load_config(run.parent / "toy.yaml"), folder, **how)
 
     def of(split):
         pairs = load_preferences(run / "label", split)
@@ -460,7 +461,7 @@ def test_a_prompt_that_is_cut_is_the_text_that_is_left(pieces, capsys):
             "sft/export: is not a reward model (...ForSequenceClassification",
         ),
         (("ppo", "--ppo.reward-model", "nowhere"), "ppo.reward_model: no model folder nowhere"),
-        (("label", "--data.source", "files", "--data.path", "{run}/label"), "frontier.reward: exact is the reward of the gen"),
+        (("label", "--data.source", "files", "--data.path", "{run}/label"), "/label is where label writes; choose another"),
         (
             ("label", "--frontier.ppo-lr", "1"),
             "--frontier.ppo-lr: label does not read this option (ppo, frontier, robust would)",
