@@ -169,7 +169,7 @@ def load_within_bounds(directory):
     assert peak - kept < 2 * part + 2 * tensor < sum(leaf.nbytes for leaf in shapes) / 3, (peak, kept, part, tensor)
     save_and_restore_in_parts(loaded, directory / "wide-saved")
     apart = torus(wide).load_variables(variable_shapes(wide), read_weights(directory / "wide", wide))
-    save_and_restore_in_parts(apart, directory / "wide-torus", small=600_000)  # whose shards on a device are parts of tiles
+    save_and_restore_in_parts(apart, directory / "wide-torus")
 
 
 def counted_reads(patch):
@@ -202,19 +202,21 @@ def read_by_parts(loaded, local, model, folder, read):
     assert sum(again) < 0.85 * total, (sum(again), total)
 
 
-def save_and_restore_in_parts(state, directory, *, small=0):
-    """No array above `small` bytes is gathered to save a state and to verify it, and a host reads its own part of the files, once."""
+SMALL = 600_000  # bytes of an array whose part on a host, or shards, may be parts of tiles
+
+
+def save_and_restore_in_parts(state, directory):
+    """No large array is gathered to save a state and to verify it, and a host reads its own part of the files, once."""
     form = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
     mine = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards)
     with pytest.MonkeyPatch.context() as patch, Checkpoints(directory) as checkpoints:
-        gathered = hosts.gathered_chunks
+        for gather in (hosts.whole, hosts.gathered_chunks):
 
-        def refused(leaf, **options):
-            assert leaf.nbytes <= small, f"an array of {leaf.nbytes} bytes is gathered"
-            return gathered(leaf, **options)
+            def only_small(leaf, gather=gather, **options):
+                assert leaf.nbytes <= SMALL, f"an array of {leaf.nbytes} bytes is gathered"
+                return gather(leaf, **options)
 
-        patch.setattr(hosts, "whole", refused)
-        patch.setattr(hosts, "gathered_chunks", refused)
+            patch.setattr(hosts, gather.__name__, only_small)
         patch.setattr("dpo_jax.runtime.seal.HASHED_BYTES", 100_000)  # of smaller files the first host reads all
         checkpoints.save(1, state, {})
         checkpoints.wait()
