@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dpo_jax.cli.build import decoder_of
+from dpo_jax.cli.config import Config, RunConfig
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
 from dpo_jax.logps import completion_logps
@@ -112,14 +114,15 @@ def attended(path, case):
 dense_attended = functools.cache(functools.partial(attended, DENSE))
 
 
-def test_float32_is_float32_in_the_kernel_for_tpus():
-    """Its products follow a setting of JAX, by which a TPU would round float32 to bfloat16."""
-    config = decoder_config(hf_config("llama", vocab_size=64, width=128, layers=1, heads=1, max_positions=64, eos_token_id=0))
+def test_float32_is_float32_in_the_kernel_for_tpus(monkeypatch):
+    """Its products follow a setting of JAX, by which a TPU would round float32 to bfloat16. For bfloat16 it must stay off."""
+    hf = hf_config("llama", vocab_size=64, width=128, layers=1, heads=1, max_positions=64, eos_token_id=0)
     before = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     try:
         jax.config.update("jax_default_matmul_precision", None)
-        for dtype, expected in ((jnp.bfloat16, None), (jnp.float32, "highest")):
-            attention_path("auto", platform="tpu", config=config, dtype=dtype)
+        for precision, expected in (("bfloat16", None), ("float32", "highest")):
+            decoder_of(Config(run=RunConfig(precision=precision)), hf)
             assert jax.config.jax_default_matmul_precision == expected  # pyright: ignore[reportAttributeAccessIssue]
     finally:
         jax.config.update("jax_default_matmul_precision", before)

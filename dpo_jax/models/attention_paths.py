@@ -48,9 +48,6 @@ def _is_old_gpu(device: Any) -> bool:
 def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: Any, pieces: int = 1) -> AttentionPath:
     """The path named `asked`, or the default of `platform`. Raises ValueError if a model cannot use it there, with the reason.
 
-    For float32 on TPUs it also sets `jax_default_matmul_precision` to "highest", which JAX's kernel goes by: it would otherwise
-    multiply in bfloat16. (A context would not do: it must still hold when the backward pass is traced.)
-
     `pieces`: number of pieces into which the mesh will split each row (its context axis).
     """
     name = path_name(asked, platform)
@@ -68,8 +65,6 @@ def attention_path(asked: str, *, platform: str, config: DecoderConfig, dtype: A
     made = path.make()
     if pieces > 1 and made.partial is None:
         raise ValueError(f"attention {name} reads whole rows, but mesh.context splits them in {pieces}: use auto")
-    if name == "splash" and jnp.dtype(dtype) == jnp.float32:
-        jax.config.update("jax_default_matmul_precision", "highest")
     return made
 
 

@@ -3,7 +3,7 @@
 The rows of a device are laid end to end as one long sequence, so that one kernel call handles them all. Each query block has a
 list of key blocks, all in its own row. The lists are made from the batch's intervals, inside the compiled step and before the
 layers, which share them. Scores, softmax and sums are float32; the matrix products have the type of `q`. For float32 the kernel
-uses bfloat16 products, unless `jax_default_matmul_precision` is "highest" (`attention_paths.attention_path` sets it).
+uses bfloat16 products, unless `jax_default_matmul_precision` is "highest" (the commands set it).
 """
 
 from __future__ import annotations
