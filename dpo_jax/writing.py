@@ -151,6 +151,12 @@ def _is_file(path: Path, status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode) and not of_the_system(path)
 
 
+def same_place(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one place, also through links and "~"."""
+    one, two = (os.path.realpath(os.path.expanduser(each)) for each in (path, other))
+    return one == two
+
+
 def of_the_system(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a name of the system for a device or an open file, such as /dev/stdout, /dev/fd/63 or /proc/self/fd/1.
 

@@ -14,7 +14,7 @@ from dpo_jax.data.encode import encode
 from dpo_jax.data.pairs import BadRow, Cause, DataError, DataReport, PreferenceSet
 from dpo_jax.data.prepare import encode_all, encode_targets
 from dpo_jax.data.sources import load_preferences
-from dpo_jax.data.template import asks_as, is_rendered, turn_end_token
+from dpo_jax.data.template import asking_end, is_rendered, turn_end_token
 from dpo_jax.data.tfds import read_tfds, write_tfds
 
 LIMITS = {"max_length": 1000, "max_prompt_length": 600}
@@ -423,5 +423,5 @@ def test_a_prompt_of_a_template_without_special_tokens_is_told_by_its_end():
     tokenizer = chat_tokenizer(llama_2)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False, add_generation_prompt=True)
     assert not is_rendered(prompt, tokenizer)
-    assert asks_as(prompt, tokenizer)
-    assert not asks_as("The film was", tokenizer)
+    assert asking_end(tokenizer) == " [/INST]"
+    assert prompt.endswith(asking_end(tokenizer))

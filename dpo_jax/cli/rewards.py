@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.data.template import asks_as, is_rendered, same_template
+from dpo_jax.data.template import asking_end, is_rendered, same_template
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.reward_model import RewardModel
 from dpo_jax.models.hf import load_config
@@ -36,9 +36,10 @@ def learned_reward(config: Config, path: str, *, name: str, batch: int, policy: 
     of_policy = build.tokenizer_of(config, model_path=policy, name="the policy")
     if same_template(tokenizer, of_policy):
         return reward
+    end = asking_end(of_policy)
 
     def of_texts(prompts: Sequence[str], completions: Sequence[str]) -> np.ndarray:
-        if any(is_rendered(prompt, of_policy) or asks_as(prompt, of_policy) for prompt in prompts[:1]):
+        if any(is_rendered(prompt, of_policy) or (end and prompt.rstrip().endswith(end)) for prompt in prompts):
             raise ConfigError(
                 f"{name}: {path} has another chat template than the policy, so it would misread these conversations: use a "
                 "reward model with the template of the policy"

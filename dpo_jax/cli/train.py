@@ -44,7 +44,7 @@ from dpo_jax.training.run import Evaluate, saved_run
 from dpo_jax.training.run import train as train_in
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Array, Model, Partitioner, TrainState, Variables
-from dpo_jax.writing import write_text
+from dpo_jax.writing import same_place, write_text
 
 PLAIN_TEXTS = (
     "the data are plain texts, so the chat template of the tokenizer is not used; for an instruct model set data.format: "
@@ -101,9 +101,9 @@ def earlier_run(config: Config, task: str, section: SftConfig | DpoConfig) -> Sa
 def _refuse_own_export(config: Config, task: str) -> None:
     """Raises `ConfigError` if a run starts from the folder to which it will write its model."""
     named = {"model.path": config.model.path, "dpo.policy": config.dpo.policy, "dpo.reference": config.dpo.reference}
-    export = os.path.realpath(Path(config.run.dir, task, "export"))
+    export = Path(config.run.dir, task, "export")
     for option, path in named.items():
-        if path is not None and os.path.realpath(Path(path).expanduser()) == export:
+        if path is not None and same_place(path, export):
             raise ConfigError(f"{option}: {path} is where this run writes its own model; choose another --run.dir")
 
 

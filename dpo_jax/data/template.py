@@ -80,19 +80,18 @@ def turn_end(tokenizer: Any) -> str:
     return answered.rpartition("ANSWERED")[2]
 
 
-def asks_as(prompt: str, tokenizer: Any) -> bool:
-    """Whether the tokenizer's chat template may have written a prompt: it ends as the template asks for an answer.
+def asking_end(tokenizer: Any) -> str:
+    """The end of every prompt that the chat template writes, without blanks; "" if there is none.
 
-    It also tells prompts without special tokens, as Llama 2's `[INST] ... [/INST]`.
+    It tells prompts without special tokens, too, such as Llama 2's `[INST] ... [/INST]`.
     """
     if getattr(tokenizer, "chat_template", None) is None:
-        return False
+        return ""
     try:
         asked = _Renderer(tokenizer)([_user("ASKED")], generate=True) or ""
     except Unreadable:
-        return False
-    ending = asked.rpartition("ASKED")[2].rstrip()
-    return bool(ending) and prompt.rstrip().endswith(ending)
+        return ""
+    return asked.rpartition("ASKED")[2].rstrip()
 
 
 def same_template(tokenizer: Any, other: Any) -> bool:

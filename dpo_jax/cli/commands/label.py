@@ -6,7 +6,6 @@ with `data.path` set to the folder; and `data_report.json`, in which kept + drop
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import jax
@@ -18,12 +17,12 @@ from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.template import is_rendered
 from dpo_jax.runtime.hosts import is_first
+from dpo_jax.writing import same_place
 
 
 def run(config: Config) -> int:
     config = sized(config)
-    own = Path(config.run.dir, "label")
-    if config.data.path is not None and os.path.realpath(Path(config.data.path).expanduser()) == os.path.realpath(own):
+    if config.data.path is not None and same_place(config.data.path, Path(config.run.dir, "label")):
         raise ConfigError(f"data.path: {config.data.path} is where label writes; choose another --run.dir")
     with build.open_run(config, "label") as run_dir:
         world, _ = make_world(config, train="prompts", test="test_prompts")
