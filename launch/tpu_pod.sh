@@ -280,7 +280,7 @@ see_it_end() {
       *)
         if [ "$of" = 0 ] || [ "$(grep -cE ' (ended [0-9]+|lost)$' <<<"$lines")" -lt "$of" ]; then
           ! preempted || return 1
-          rounds=$((rounds + 1))
+          rounds=$((rounds + 1)) first=''
           [ "$rounds" -lt "$patience" ] ||
             die "not all of the $of workers say how the run ended (${lines//$'\n'/, }): the same command asks again; $costs" 1
           sleep "$poll"

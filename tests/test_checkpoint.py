@@ -251,9 +251,17 @@ def test_the_storage_of_another_host_moves_nothing_here(copy, monkeypatch):
 def test_a_stray_empty_folder_is_not_the_latest_step(copy, tmp_path):
     (copy / "30").mkdir()
     assert digest(restored(copy)[0]) == digest(numbered(20))
-    assert quarantined(copy) == ["30-0"]
+    assert not (copy / "30").exists()
     (tmp_path / "other" / "8").mkdir(parents=True)
     assert restored(tmp_path / "other") is None
+    assert restored(tmp_path / "other") is None  # nothing was lost, so the next start is none after a loss
+    for step in ("10", "20"):
+        damage(biggest(copy, step=step), "bit")
+    (copy / "40").mkdir()
+    for told in ("no checkpoint verifies", "there are only steps"):
+        with pytest.raises(CheckpointDamaged, match=told):
+            restored(copy)
+        (copy / "40").mkdir()  # it hides no loss
 
 
 def test_a_step_under_another_number_is_set_aside(copy):

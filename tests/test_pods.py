@@ -159,6 +159,7 @@ def test_a_worker_that_does_not_answer_may_be_the_one_that_failed(pod, times):
     pod.program("case $HOME in */1) exit 0 ;; *) exit 74 ;; esac\n")
     (pod.path / "silent").write_text(str(times))
     done = pod.run(*pod.command)
+    assert pod.verbs().count("ssh follow") == 1  # it prints the log from its beginning
     if times == 6:
         assert done.returncode == 74
         return

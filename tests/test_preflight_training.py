@@ -1,5 +1,6 @@
 """`--check` of what is trained and how it is rendered: adapters' layers, named parameters, chat templates, unread sections."""
 
+import dataclasses
 import re
 import shutil
 import types
@@ -170,9 +171,15 @@ def test_label_does_not_read_the_files_that_it_writes(place):
 def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch, capsys):
     state = init_state({"params": {"w": np.zeros((250, 1000), np.float32)}}, optax.sgd(1.0))
     config = Config(run=RunConfig(dir=str(tmp_path), max_to_keep=2))
-    for free, told in ((4e6, False), (2e6, True)):
+    for free, saved, place, told in (
+        *((4e6, (), None, False), (2e6, (), None, True), (2e6, (), "gs://bucket/hh", False)),
+        *((2e6, ("10", "20"), None, False), (5e5, ("10", "20"), None, True)),
+    ):
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, checkpoints=place))
+        for step in saved:
+            (tmp_path / "dpo/checkpoints" / step).mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: types.SimpleNamespace(free=int(free)))
         with RunDir(tmp_path / "dpo") as run:
             train._note_full_disk(config, run, state)
-        words = "a checkpoint takes 0.0 GB, and 2 are kept while another is written: 0.0 GB, but"
+        words = "a checkpoint takes 0.0 GB, and 2 are kept while another is written: 0.0 GB more, but"
         assert (words in capsys.readouterr().out) == told

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 from test_models import text_rows
 from test_step import random_pairs
 
+from dpo_jax.cli.balancing import tell_switches
+from dpo_jax.cli.config import Config, RunConfig
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, completion_rows, shared_rows
 from dpo_jax.dpo import dpo_objective, dpo_step
@@ -26,6 +28,7 @@ from dpo_jax.reference import reference_logps
 from dpo_jax.routing import balance_loss, counted_tokens, switched
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
 
@@ -199,3 +202,14 @@ def test_a_coefficient_without_experts_is_refused(rows):
     dense = make_model(decoder_config(hf_config("llama", eos_token_id=0, **SIZES)))
     with pytest.raises(ValueError, match=r"router_aux_loss is 0.1, but the model has no router \(Model.route\)"):
         dpo_step(None, rows, model=dense, tx=None, loss=LOSS, router_aux_loss=0.1)
+
+
+def test_the_comparison_with_float32_sets_nothing_for_other_programs(variables, rows, tmp_path, monkeypatch, capsys):
+    """On a TPU a float32 model needs a setting of the process, with which no bfloat16 program can be compiled."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    before = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    config, model = Config(run=RunConfig(precision="bfloat16")), make_model(CONFIG, dtype=jnp.bfloat16)
+    tell_switches(config, RunDir(tmp_path), model, variables, rows, partitioner=single_device())
+    assert jax.config.jax_default_matmul_precision == before  # pyright: ignore[reportAttributeAccessIssue]
+    assert 0 <= json.loads((tmp_path / "routing.json").read_text())["switched"] < 0.05
+    assert "differ between float32 and bfloat16" in capsys.readouterr().out

@@ -116,11 +116,14 @@ def test_parts_that_are_no_boxes_of_whole_tiles_are_gathered(boxes, monkeypatch)
     assert len(seen) == 1
 
 
-def test_chunks_do_not_matter(monkeypatch):
-    flat = ARRAY.reshape(-1, 96)
+def test_chunks_do_not_matter_and_are_small_also_in_a_large_layer(monkeypatch):
+    flat, read, sizes = ARRAY.reshape(-1, 96), tiles._read, []
     expected = digest(ARRAY), digest(flat)
     monkeypatch.setattr(tiles, "CHUNK_BYTES", 40_000)
+    monkeypatch.setattr(tiles, "_read", lambda *of: sizes.append(read(*of).nbytes) or read(*of))
     assert (digest(ARRAY), digest(flat)) == expected
+    assert max(sizes) <= 40_000 < ARRAY[0].nbytes
+    assert sum(sizes) == 2 * ARRAY.nbytes
 
 
 def test_every_kind_of_damage_changes_it():

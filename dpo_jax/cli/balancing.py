@@ -39,14 +39,21 @@ def tell_switches(
     """
     if model.route is None or config.run.precision == "float32" or LORA in variables:
         return
-    exact = build.decoder_of(
-        dataclasses.replace(config, run=dataclasses.replace(config.run, precision="float32")), model.config.hf
+    # Plain XLA, which goes by the precision below. A kernel for TPUs would need it for the whole process, as `decoder_of` sets
+    # it without a platform, and no bfloat16 program may be compiled with that.
+    plain = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, precision="float32"),
+        model=dataclasses.replace(config.model, attention="blocks"),
     )
+    exact = build.decoder_of(plain, model.config.hf, platform=jax.default_backend())
 
     def of_rows(variables: Variables, rows: Rows) -> jax.Array:
         assert model.route is not None
         assert exact.route is not None
-        share = switched(exact.route(variables, rows)[1], model.route(variables, rows)[1])
+        with jax.default_matmul_precision("highest"):
+            expected = exact.route(variables, rows)[1]
+        share = switched(expected, model.route(variables, rows)[1])
         return jnp.broadcast_to(share, rows.weight.shape)  # one value per example, as `compile_map` requires
 
     with reported("comparing routes with float32", brief=True):

@@ -29,12 +29,13 @@ from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippabl
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import has_steps
+from dpo_jax.runtime.checkpoint import has_steps, saved_steps
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.mesh_shape import mesh_words
 from dpo_jax.runtime.metrics import Writer, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
+from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.runtime.writers import AsTrl, Delivery, Place, TensorBoard, Trackio, Wandb
 from dpo_jax.training import fingerprint
@@ -294,18 +295,22 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
 
 
 def _note_full_disk(config: Config, run: RunDir, state: TrainState) -> None:
-    """Prints a note if the disk has less room than the checkpoints take that the run keeps, and one that is being written."""
-    directory = Path(config.checkpoints_of(run.path.name))
-    if "://" in str(directory) or not hosts.is_first():
+    """Prints a note if the disk has less room than the checkpoints take that are still to be written: those that the run keeps,
+    and one more while it is being written."""
+    if is_remote(place := config.checkpoints_of(run.path.name)) or not hosts.is_first():
         return
+    directory = Path(place)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(frozen={})))
     size //= jax.local_device_count() if config.run.devices == "pmap" else 1
-    place = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    needed, free = size * (config.run.max_to_keep + 1), shutil.disk_usage(place).free
+    disk = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    missing = max(
+        1, config.run.max_to_keep + 1 - len(saved_steps(directory))
+    )  # the next one replaces none before it is written
+    needed, free = size * missing, shutil.disk_usage(disk).free
     if needed > free:
         print(
             f"note: a checkpoint takes {size / 1e9:,.1f} GB, and {config.run.max_to_keep} are kept while another is written: "
-            f"{needed / 1e9:,.1f} GB, but {place} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)",
+            f"{needed / 1e9:,.1f} GB more, but {disk} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)",
             flush=True,
         )
 

@@ -3,7 +3,7 @@
 Orbax writes asynchronously and atomically, but it silently restores a flipped bit or an array of another dtype, and takes an
 empty folder for the latest step (seen with orbax 0.12.8). So each step also has a record: shape, dtype and digest of every
 leaf, and a digest of the record itself. The digests are of the logical arrays, not of files. They do not depend on the devices
-a state is saved from or restored to, and each host computes its part locally (`runtime.tiles`). Once orbax has committed a
+a state is saved from or restored to, and each host computes its part locally (`runtime.tiles`). Once orbax has unfinished a
 step, it is sealed: the seal also finds damage in files of orbax that a restore does not read.
 
     directory/120/state       orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
@@ -79,21 +79,22 @@ class CheckpointWriteError(OSError):
         return self.args[0]
 
 
-def _steps_in(folder: epath.Path) -> list[int]:
+def saved_steps(directory: str | os.PathLike[str]) -> list[int]:
+    """The steps in `directory`, complete or not, in any order."""
+    folder = epath.Path(directory)
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return [int(name) for name in names if name.isascii() and name.isdecimal()]
 
 
 def has_steps(directory: str | os.PathLike[str]) -> bool:
     """Whether `directory` contains any saved step, complete or not."""
-    folder = epath.Path(directory)
-    return bool(_steps_in(folder))
+    return bool(saved_steps(directory))
 
 
 def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
     """(step, meta) of the newest complete checkpoint, read without its arrays; None if there is none."""
     folder = epath.Path(directory)
-    for step in sorted(_steps_in(folder), reverse=True):
+    for step in sorted(saved_steps(folder), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return step, read_record(folder / str(step))["meta"]
     return None
@@ -177,12 +178,13 @@ class Checkpoints:
         self.wait()
         wanted = named(abstract_state)
         damaged: list[int] = []
-        committed = self._last_begun()  # read before any seal: a running process seals a step and then clears this
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        unfinished = self._last_begun()  # read before any seal: a running process seals a step and then clears this
+        # A folder that hosts share over a network need not look the same to all of them at once.
+        steps: list[int] = hosts.of_first(lambda: sorted(self._manager.all_steps(), reverse=True))
         if only is not None and only not in steps:
             raise LookupError(f"{self.directory} has no step {only}, but {', '.join(map(str, steps[::-1])) or 'none'}")
         for step in steps if only is None else [only]:
-            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != committed))
+            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != unfinished))
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
@@ -192,7 +194,7 @@ class Checkpoints:
                 damaged += self._set_aside(step, error)
                 continue
             logger.info("restored step %d from %s", step, self.directory)
-            self._unsealed = step if step == committed and not self._read_only else None
+            self._unsealed = step if step == unfinished and not self._read_only else None
             self.wait()
             return jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[name] for name in wanted]), record["meta"]
         if damaged:
@@ -200,7 +202,7 @@ class Checkpoints:
                 raise CheckpointDamaged(f"{self.directory}: no checkpoint verifies (steps {damaged})")
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); {_TO_START_OVER}")
-        if not steps and not self._read_only and (lost := self.quarantined()):
+        if not self._read_only and (lost := hosts.of_first(self.quarantined)):
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"there are only steps {lost} in {where}, which did not verify; {_TO_START_OVER}")
         return None
@@ -297,17 +299,18 @@ class Checkpoints:
         return leaves
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
-        """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty."""
+        """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty (then deleted)."""
         source = self.directory / str(step)
-        lost = [step] if source.exists() and any(source.iterdir()) else []
-        hosts.barrier("damaged")  # every host has looked before the first one moves it
+        lost: list[int] = hosts.of_first(lambda: [step] if source.exists() and any(source.iterdir()) else [])
         done = "left where it is"
         if not self._read_only:
-            if hosts.is_first():
+            if hosts.is_first() and lost:
                 source.rename(_free_name(self.directory / QUARANTINE, str(step)))
+            elif hosts.is_first() and source.exists():
+                source.rmdir()
             hosts.barrier("quarantine")
             self._manager.reload()
-            done = f"moved to {self.directory / QUARANTINE}"
+            done = f"moved to {self.directory / QUARANTINE}" if lost else "its folder was empty, and is deleted"
         reason = [*str(error).strip().splitlines(), ""][0]
         logger.warning("checkpoint of step %d does not verify (%s: %.200s); %s", step, type(error).__name__, reason, done)
         return lost

@@ -12,6 +12,7 @@ its digest is the same.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -41,12 +42,11 @@ class Held(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A run of whole tiles along the first axis of a box, small enough for memory."""
+    """A part of a box, of whole tiles and small enough for memory."""
 
     name: str
     held: Held
-    first: int
-    end: int
+    part: Box
 
 
 def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, str]:
@@ -57,15 +57,15 @@ def tile_digests(leaves: Mapping[str, Any], *, every_copy: bool) -> dict[str, st
     """
     parts = {name: held_parts(leaf) for name, leaf in leaves.items()}
     jobs = [
-        Job(name, held, *run)
+        Job(name, held, part)
         for name, found in parts.items()
         for held in found or ()
         if every_copy or held.is_first
-        for run in _runs(leaves[name], held.box)
+        for part in _parts(leaves[name], held.box)
     ]
 
     def add_up(job: Job) -> int:
-        total = _sum_of_run(leaves[job.name], job)
+        total = _sum_of_part(leaves[job.name], job)
         # Each of n copies adds 1/n, the inverse of n modulo the prime: n equal copies add up to the whole.
         return total * pow(job.held.copies, -1, MODULUS) if every_copy else total
 
@@ -147,39 +147,42 @@ def _size(box: Box) -> int:
     return math.prod(end - first for first, end in box)
 
 
-def _runs(leaf: Any, box: Box) -> list[tuple[int, int]]:
-    """(first, end) along the first axis of the runs of whole tiles in which a box is read."""
+def _parts(leaf: Any, box: Box) -> list[Box]:
+    """The parts in which a box is read: whole tiles, of `CHUNK_BYTES` at most if a tile is not larger."""
     if not leaf.size:
         return []
-    if not leaf.ndim:
-        return [(0, 1)]
-    begin, end = box[0]
-    length = tile_shape(leaf.shape, leaf.dtype.itemsize)[0]
-    run = max(1, CHUNK_BYTES * (end - begin) // (_size(box) * leaf.dtype.itemsize) // length) * length
-    return [(first, min(first + run, end)) for first in range(begin, end, run)]
+    steps: list[int] = []
+    for axis, length in enumerate(tile_shape(leaf.shape, leaf.dtype.itemsize)):
+        across = math.prod(steps) * _size(box[axis + 1 :]) * leaf.dtype.itemsize  # bytes of one entry along this axis
+        steps.append(max(1, CHUNK_BYTES // (across * length)) * length)
+    sides = [
+        [(first, min(first + step, end)) for first in range(begin, end, step)]
+        for (begin, end), step in zip(box, steps, strict=True)
+    ]
+    return list(itertools.product(*sides))
 
 
-def _sum_of_run(leaf: Any, job: Job) -> int:
-    """The sum over the tiles of a run."""
-    lengths = tile_shape(leaf.shape, leaf.dtype.itemsize)
-    if not leaf.ndim:
-        return _sum_of_chunk(np.asarray(leaf), [], lengths)
-    rest = job.held.box[1:]
-    return _sum_of_chunk(_run(leaf, job), [job.first, *(begin for begin, _ in rest)], lengths)
+def _sum_of_part(leaf: Any, job: Job) -> int:
+    """The sum over the tiles of a part."""
+    return _sum_of_chunk(_read(leaf, job), [begin for begin, _ in job.part], tile_shape(leaf.shape, leaf.dtype.itemsize))
 
 
-def _run(leaf: Any, job: Job) -> np.ndarray:
-    """The numbers of a run, from the shards of this process."""
-    (begin, _), *rest = job.held.box
+def _read(leaf: Any, job: Job) -> np.ndarray:
+    """The numbers of a part, from the shards of this process."""
     pieces = {box: data for box, data in _pieces(leaf).items() if _within(box, job.held.box)}
     if len(pieces) == 1:
-        return np.asarray(next(iter(pieces.values()))[job.first - begin : job.end - begin])
-    found = np.empty((job.end - job.first, *(stop - start for start, stop in rest)), leaf.dtype)
-    for ((low, high), *others), data in pieces.items():
-        if (top := max(job.first, low)) < (bottom := min(job.end, high)):
-            to = [slice(a - start, b - start) for (a, b), (start, _) in zip(others, rest, strict=True)]
-            found[(slice(top - job.first, bottom - job.first), *to)] = data[top - low : bottom - low]
+        return np.asarray(next(iter(pieces.values()))[_places(job.part, job.held.box)])
+    found = np.empty([end - first for first, end in job.part], leaf.dtype)
+    for box, data in pieces.items():
+        shared = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(box, job.part, strict=True))
+        if all(first < end for first, end in shared):
+            found[_places(shared, job.part)] = data[_places(shared, box)]
     return found
+
+
+def _places(box: Box, within: Box) -> tuple[slice, ...]:
+    """The index of a box in an array that begins where `within` does."""
+    return tuple(slice(first - origin, end - origin) for (first, end), (origin, _) in zip(box, within, strict=True))
 
 
 def _within(box: Box, outer: Box) -> bool:
