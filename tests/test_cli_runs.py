@@ -210,6 +210,8 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
     assert "2 of 2 completions were cut off" in sampled("--sample.max-new-tokens", 1)[1]
     own = tmp_path / "p.txt"
     own.write_text("A film " * 60 + "\nA film\n")
+    told = sampled("--sample.prompts-file", own, "--data.max-prompt-length", 32, "--data.truncation", "completions")[1]
+    assert "prompts are too long" not in told  # whole ones are shown
     best, told = sampled("--sample.prompts-file", own, "--sample.best-of", "1,4", "--sample.temperature", 0.8)
     assert "1 of 2 prompts are too long, and the policy was shown only their last 48 tokens" in told
     assert [row["best_of"] for row in best] == [1, 1, 4, 4]

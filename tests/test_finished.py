@@ -96,7 +96,10 @@ def test_files_behind_a_linked_folder_are_compared(folder):
     assert finished(folder).steps() is None
 
 
-def test_a_readme_among_the_inputs_counts(folder):
+def test_a_readme_of_data_counts_and_that_of_a_model_does_not(folder):
+    """The first may say which files are read; the second is written anew by `eval`."""
+    (folder / "start" / "README.md").write_text("new")
+    assert finished(folder).steps() == 8
     (folder / "data" / "README.md").write_text("new")
     assert finished(folder).steps() is None
 

@@ -27,3 +27,14 @@ def test_prompts_of_the_optimum_that_do_not_fit_are_refused_before_any_run(tmp_p
     assert code == 2, err
     assert "frontier.optimum_prompts: a prompt of 99 tokens; lower data.max_prompt_length" in err
     assert not (tmp_path / "run" / "frontier" / "runs").exists()
+
+
+def test_whole_prompts_that_leave_no_room_are_refused_before_anything_is_sampled(tmp_path):
+    config = tmp_path / "toy.yaml"
+    config.write_text(CONFIG.format(dir=tmp_path / "run", golden=GOLDEN))
+    code, _, err = call(
+        "frontier", config, "--data.truncation", "completions", "--data.max-prompt-length", 4, "--data.max-length", 9
+    )
+    assert code == 2, err
+    assert "data.max_length: 9 leaves no token for a completion of the longest prompt" in err
+    assert not (tmp_path / "run" / "frontier" / "runs").exists()

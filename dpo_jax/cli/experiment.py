@@ -67,6 +67,11 @@ def make_world(
             f"frontier.max_new_tokens: {section.max_new_tokens} more than the longest prompt ({longest} tokens) do not fit the "
             f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
         )
+    if (longest := max(map(len, learnt.ids), default=0)) >= config.data.max_length:
+        raise ConfigError(
+            f"data.max_length: {config.data.max_length} leaves no token for a completion of the longest prompt ({longest}); "
+            "raise it, or cut prompts (data.truncation: keep_end)"
+        )
     reward = reward or true_reward(config)
     second = second_reward(config)
     reference, digests = part.load(path, partitioner, name="dpo.policy")

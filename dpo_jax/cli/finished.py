@@ -32,8 +32,8 @@ VERSION = 1
 HASHED_BYTES = 256 * 2**20
 MOST_FILES = 10_000
 LOCK = "run.lock"
-# Among the outputs: model cards change when `dpo-jax eval` runs; locks and these two are not results of training.
-NOT_COMPARED = {"README.md", LOCK, RECORD}
+CARD = "README.md"  # of a model: `dpo-jax eval` writes it anew
+NOT_COMPARED = {CARD, LOCK, RECORD}  # among the outputs: locks and the record are not results of training
 ELSEWHERE = {"run.coordinator", "run.num_processes", "run.process_id"}  # which process this was
 
 
@@ -144,14 +144,15 @@ def _steps(run: RunDir) -> int | None:
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """The files and, of folders, all files within but locks, also those of linked folders."""
+    """The files and, of folders, all files within but locks and cards of models, also those of linked folders."""
     for path in paths:
         yield from [path] if not path.is_dir() else _within(path, seen={os.path.realpath(path)})
 
 
 def _within(folder: Path, *, seen: set[str]) -> Iterator[Path]:
+    left_out = {LOCK, CARD} if (folder / "config.json").is_file() else {LOCK}
     for entry in sorted(folder.iterdir()):
-        if entry.name == LOCK:
+        if entry.name in left_out:
             continue
         if not entry.is_dir():
             yield entry

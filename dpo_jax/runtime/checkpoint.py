@@ -299,7 +299,7 @@ class Checkpoints:
         return leaves
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
-        """Moves a step that did not verify to quarantine. Returns the steps lost: none if the folder was empty (then deleted)."""
+        """Moves a step that did not verify to quarantine. Returns the lost steps. An empty folder is none, and deleted."""
         source = self.directory / str(step)
         lost: list[int] = hosts.of_first(lambda: [step] if source.exists() and any(source.iterdir()) else [])
         done = "left where it is"

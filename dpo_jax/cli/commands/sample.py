@@ -68,7 +68,7 @@ def run(config: Config) -> int:
         lines += best_rows(rows, shown, best_of, reward) if reward else rows
     if not is_first():
         return 0
-    if cut := sum(len(x) > config.data.max_prompt_length for x in whole):
+    if cut := sum(len(x) > config.data.max_prompt_length for x in whole if config.data.truncation != "completions"):
         kept = "first" if cue or config.data.truncation == "keep_start" else "last"
         limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
         print(f"{cut:,} of {len(texts):,} prompts are too long, and the policy was shown only {limit}", file=sys.stderr)
