@@ -83,7 +83,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    cache_dtype: Any = jnp.float32,
+    cache_dtype: Any = None,
     images: RowImages | None = None,
 ) -> Samples:
     """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
@@ -106,9 +106,10 @@ def generate(
     `Samples.token_logps` are those of the model itself, before temperature, top-k and top-p. `Samples.logps`, their sums, equal
     `logps.sequence_logps` of the same tokens. They are NaN where a completion ran past the model's position table.
 
-    Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype`. There are `B * Lp` columns
-    for prompts and `lanes * (T - 1)` for completions (without `lanes` B * K * (T - 1)). With `lanes` below B * K, each lane
-    also copies its prompt's columns, `lanes * Lp` more.
+    Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype` (None: the compute type of
+    the model). There are `B * Lp` columns for prompts and `lanes * (T - 1)` for completions (without `lanes` B * K * (T - 1)).
+    With `lanes` below B * K, each lane also copies its prompt's columns, `lanes * Lp` more. If the variables are wider than the
+    compute type, a rounded copy of the kernels is made.
 
     Raises ValueError for options out of range, `lengths` not of shape [B] or (outside jit, where values are known) not from 1
     to Lp, and keys of another shape; TypeError if `key` is not a random key.
@@ -140,14 +141,15 @@ def generate(
         )
         completions, lanes, own = 1, None, max_new_tokens - 1
     batch, columns = prompts.shape
-    weights, cache = by_layer(model, variables, init_cache(batch, columns + own, cache_dtype))
     start = columns - jnp.asarray(lengths, jnp.int32)
     rows = _prompt_rows(jnp.asarray(prompts, jnp.int32), start)
     if images is not None:  # the tokens of an image see each other both ways
         tokens = model.config.image_tokens
         last = rows.k_end - 1 + tokens - jnp.asarray(images.index) % tokens
         rows = rows.replace(images=images, k_end=jnp.where(images.index < 0, rows.k_end, last))
-    hidden, cache = decode(weights, rows, cache)
+    hidden, cache = decode(variables, rows, init_cache(batch, columns + own, cache_dtype))
+    weights, cache = by_layer(model, variables, cache)  # not before: the pass over the prompts would compile for longer
+    weights = weights if model.rounded is None else model.rounded(weights)
     source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)

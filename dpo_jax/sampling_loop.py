@@ -35,7 +35,7 @@ class Source(NamedTuple):
 
     model: Model
     variables: Variables
-    weights: Variables  # as `decode` takes them
+    weights: Variables  # the same, rounded and by layer, for the loop over tokens
     cache: Any  # cache of the prompts; with room for the completions, if the model cannot share it
     columns: int  # Lp
     start: jax.Array  # int32[B]  column of each prompt's first token
@@ -96,7 +96,7 @@ def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
 
 def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
     """Variables and cache with layers unstacked, if that is faster."""
-    if model.by_layer is not None and jax.default_backend() == "cpu":
+    if model.by_layer is not None and jax.default_backend() in ("cpu", "gpu"):
         return model.by_layer(variables, cache)
     return variables, cache
 
@@ -150,7 +150,7 @@ def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options,
 
 def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
     """Draws one token per lane from `hidden[R, D]`, the state before it. Lanes that have ended stay as they are."""
-    logits = source.model.unembed(source.variables, hidden)
+    logits = source.model.unembed(source.weights, hidden)
     (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
     token = choose(logits, jax.vmap(jax.random.fold_in)(at.keys, counts), **options.choice)
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]

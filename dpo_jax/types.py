@@ -135,16 +135,20 @@ class Model(NamedTuple):
     `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` is the
     head, which the caller applies to the few positions that are scored.
 
-    `init_cache(batch, length, dtype=float32) -> cache` and `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the
-    same trunk with a key-value cache: the `L` new tokens of each row are written to the next `L` columns of the cache, and
-    `k_start` and `k_end` of `rows` count cache columns. Prefill decodes the whole prompt, generation one token at a time.
+    `init_cache(batch, length, dtype=None) -> cache` (by default in the compute type) and
+    `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the same trunk with a key-value cache: the `L` new tokens
+    of each row are written to the next `L` columns of the cache, and `k_start` and `k_end` of `rows` count cache columns.
+    Prefill decodes the whole prompt, generation one token at a time.
 
     `take_rows(cache, index, held=None, moved=None) -> cache` selects rows of a cache; `index` int32[D, n] numbers them within
     each of D equal parts. `held` is its previous result, if only the rows `moved` bool[D, n] have changed since. If a model has
     `take_rows`, its `decode` also takes a `SharedCache` and rows of one token.
 
-    `by_layer(variables, cache) -> (variables, cache)` unstacks the scanned layers, for `decode` only: on a CPU, a slice of a
-    stack is copied, and a loop over tokens would copy it for each token.
+    `rounded(variables) -> variables` rounds kernels and the head's table to the compute type. `decode` and `unembed` compute
+    the same with the result, without rounding the weights for each token.
+
+    `by_layer(variables, cache) -> (variables, cache)` unstacks the scanned layers, for `decode` only: on CPUs and
+    GPUs, a slice of a stack is copied, and a loop over tokens would copy it for each token.
 
     `route(variables, rows) -> (hidden[R, L, D], Routing)` is `forward` that also returns the routers' decisions; None for a
     model without experts.
@@ -160,6 +164,7 @@ class Model(NamedTuple):
     init_cache: Callable[..., Any] | None = None
     decode: Callable[[Variables, Rows, Any], tuple[jax.Array, Any]] | None = None
     take_rows: Callable[..., Any] | None = None
+    rounded: Callable[[Variables], Variables] | None = None
     by_layer: Callable[[Variables, Any], tuple[Variables, Any]] | None = None
     route: Callable[[Variables, Rows], tuple[jax.Array, Routing]] | None = None
     axes: Callable[[], Any] | None = None  # logical axis names, a tree like the variables

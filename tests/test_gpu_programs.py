@@ -4,6 +4,8 @@
 """
 
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +24,12 @@ from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.runtime.chips import slice_devices
 from dpo_jax.runtime.gpu_target import COMPILER_OPTIONS, plugin_is_here
 from dpo_jax.runtime.hlo import products, shapes, summarize
+from dpo_jax.runtime.hlo_text import executions, parse
+from dpo_jax.runtime.hlo_traffic import traffic
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.optim import make_optimizer
-from dpo_jax.runtime.parallel import abstract_state, jit_step, split_rows
+from dpo_jax.runtime.parallel import abstract_state, jit_map, jit_step, split_rows
+from dpo_jax.sampling import generate
 from dpo_jax.step import init_state
 
 pytestmark = [
@@ -158,3 +163,31 @@ def test_tiles_of_other_head_sizes_and_types(size, dtype, softcap):
         lowered = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, k, k, column, column)
         program = lowered.compile(compiler_options=COMPILER_OPTIONS)
     assert summarize(program.as_text()).kernels == 3
+
+
+def test_a_token_is_sampled_with_one_reading_of_weights_and_cache(monkeypatch):
+    """Weights in bfloat16, without copies: of a layer out of its stack, or of several kernels that one product would use."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = {"layers": LAYERS, "max_positions": 1024, "eos_token_id": 0}
+    model = make_model(decoder_config(hf_config(**PYTHIA, **options)), dtype=jnp.bfloat16, attention=PATHS["flash"].make())
+    prompts, columns, tokens = 64, 128, 128
+
+    def draw(variables, rows):
+        return generate(model, variables, *rows, jax.random.key(0), max_new_tokens=tokens, eos_id=0)
+
+    mesh = make_mesh(devices=slice_devices("h100:1"))
+    on = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    rows = jax.ShapeDtypeStruct((prompts, columns), jnp.int32), jax.ShapeDtypeStruct((prompts,), jnp.int32)
+    variables, rows = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on),
+        (jax.eval_shape(model.init, jax.random.key(0)), rows),
+    )
+    with jax.set_mesh(mesh):
+        text = jit_map(draw, mesh).lower(variables, rows).compile(compiler_options=COMPILER_OPTIONS).as_text()
+    computations, entry = parse(text)
+    (loop,) = (one for one in executions(computations, entry) if one.one.op == "while" and one.endless)
+    body = re.search(r"body=%?([\w.\-]+)", loop.one.attributes)[1]
+    read = sum(one.times * traffic(one.one, one.body, computations) for one in executions(computations, body) if not one.fused)
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables)) - 50304 * 2560  # without the embedding
+    cache = 2 * LAYERS * prompts * (columns + tokens) * 2560
+    assert read < 1.4 * 2 * (weights + cache), read / (2 * (weights + cache))

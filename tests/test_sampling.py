@@ -227,3 +227,38 @@ def test_any_of_several_tokens_ends_a_row():
     np.testing.assert_allclose(samples.logps, [scored] * 2, atol=1e-6)  # the token that ends a row, and nothing behind it
     with pytest.raises(ValueError, match="eos_id is empty"):
         drawn(())
+
+
+def equations(jaxpr, *, inside=False):
+    """(equation, whether it is within a while loop) of a program and all that it calls."""
+    for one in jaxpr.eqns:
+        yield one, inside
+        for inner in jax.tree.leaves(one.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner, inside=inside or one.primitive.name == "while")
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])  # the second shares its table with the head
+def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(family):
+    exact, variables = tiny(family)
+    model = make_model(exact.config, dtype=jnp.bfloat16)
+    large = {leaf.shape[-2:] for leaf in jax.tree.leaves(variables) if leaf.ndim > 1}
+    prompts, key = left_pad(PROMPTS), jax.random.key(0)
+
+    def of(model, **options):
+        run = functools.partial(generate, model, max_new_tokens=6, eos_id=EOS, temperature=0, **options)
+        rounded = [
+            inside
+            for one, inside in equations(jax.make_jaxpr(run)(variables, *prompts, key).jaxpr)
+            if one.primitive.name == "convert_element_type"
+            and (one.invars[0].aval.dtype, one.outvars[0].aval.dtype) == (jnp.float32, jnp.bfloat16)
+            and one.invars[0].aval.shape[-2:] in large
+        ]
+        return jax.device_get(jax.jit(run)(variables, *prompts, key)), sum(rounded)
+
+    ours, within = of(model)
+    expected, before = of(model._replace(rounded=None), cache_dtype=jnp.float32)
+    assert (within, before > 0) == (0, True)
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+    np.testing.assert_allclose(ours.token_logps, expected.token_logps, rtol=0, atol=0.02)

@@ -31,7 +31,7 @@ def run(work: SamplingWork) -> dict[str, Any]:
     dtype = jnp.dtype(work.precision)
     model, variables = load_hf(work.model, dtype=dtype, param_dtype=dtype)
     prompts, lengths = (jnp.asarray(array) for array in read_prompts(work))
-    options = {"max_new_tokens": work.new_tokens, "completions": work.completions, "cache_dtype": dtype}
+    options = {"max_new_tokens": work.new_tokens, "completions": work.completions}
     every = len(prompts) * work.completions
     key = jax.random.key(work.seed)
     best = functools.partial(generate, model, **options, eos_id=NEVER, temperature=0.0)

@@ -232,8 +232,8 @@ def make_model(
     `axes()` returns a tree like the variables, of `jax.sharding.PartitionSpec`s over the logical axes "layers", "vocab",
     "embed" (D), "heads" (N x H), "kv_heads" (K x H), "mlp" and "experts".
 
-    Cache (`init_cache(batch, length, dtype)`): `length` columns per row. A `decode` beyond the last column cannot be detected
-    under jit: the caller must make the cache long enough.
+    Cache (`init_cache(batch, length, cache_dtype)`): `length` columns per row. A `decode` beyond the last column cannot be
+    detected under jit: the caller must make the cache long enough.
 
     A small model to try, without a download:
 
@@ -252,11 +252,12 @@ def make_model(
         rows = Rows(one, one, one, one + 1, one, one, one, jnp.ones(1), one[0])
         return module.init(key, rows, method="everything")
 
-    def init_cache(batch: int, length: int, dtype: Any = jnp.float32) -> dict[str, jax.Array]:
+    def init_cache(batch: int, length: int, cache_dtype: Any = None) -> dict[str, jax.Array]:
+        cache_dtype = dtype if cache_dtype is None else cache_dtype
         shape = (config.layers, batch, config.kv_heads, length, config.head_size)
         return {
-            "key": jnp.zeros(shape, dtype),
-            "value": jnp.zeros(shape, dtype),
+            "key": jnp.zeros(shape, cache_dtype),
+            "value": jnp.zeros(shape, cache_dtype),
             "positions": jnp.zeros((batch, length), jnp.int32),
             "length": jnp.int32(0),
         }
@@ -296,6 +297,12 @@ def make_model(
         layers = apart(variables) if isinstance(own["key"], tuple) else None
         return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]
 
+    def rounded(variables: Variables) -> Variables:
+        variables, table = _round_kernels(variables, dtype), "token_embedding" if config.tied else "head_kernel"
+        params = variables["params"]
+        wider = jnp.finfo(params[table].dtype).bits > jnp.finfo(dtype).bits
+        return {**variables, "params": {**params, table: params[table].astype(dtype)}} if wider else variables
+
     def by_layer(variables: Variables, cache: Any) -> tuple[Variables, Any]:
         def cut(tree: Any) -> tuple[Any, ...]:
             return tuple(jax.tree.map(lambda leaf, n=number: leaf[n], tree) for number in range(config.layers))
@@ -321,6 +328,7 @@ def make_model(
         init_cache=init_cache,
         decode=decode,
         take_rows=take_rows,
+        rounded=rounded,
         by_layer=by_layer,
         route=route if config.experts else None,
         axes=lambda: nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(jax.random.key(0)))),

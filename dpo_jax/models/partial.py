@@ -36,7 +36,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
 
 def partial_model(model: Model, chosen: Chosen) -> Model:
     """`model` for variables as `split` returns them. It also accepts variables of the whole model."""
-    decode, by_layer, route, names = model.decode, model.by_layer, model.route, model.axes
+    decode, rounded, by_layer, route, names = model.decode, model.rounded, model.by_layer, model.route, model.axes
 
     def of_axes() -> Variables:
         assert names is not None
@@ -51,6 +51,7 @@ def partial_model(model: Model, chosen: Chosen) -> Model:
         forward=lambda variables, rows: model.forward(_in_stacks(variables), rows),
         unembed=lambda variables, hidden: model.unembed(_in_stacks(variables), hidden),
         decode=None if decode is None else decoded,
+        rounded=None if rounded is None else lambda variables: rounded(join(variables)),
         by_layer=None if by_layer is None else lambda variables, cache: by_layer(join(variables), cache),
         route=None if route is None else lambda variables, rows: route(_in_stacks(variables), rows),
         axes=None if names is None else of_axes,

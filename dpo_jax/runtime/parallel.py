@@ -31,7 +31,7 @@ def single_device(device: Any = None) -> Partitioner:
         return jax.device_put(tree, target, may_alias=False)
 
     def compile_map(fn):
-        compiled = jax.jit(fn)
+        compiled = jax.jit(fn, compiler_options=_of_maps(target))
         return lambda variables, rows: jax.device_get(compiled(variables, jax.device_put(rows, target)))
 
     def compile_step(step):
@@ -188,14 +188,25 @@ def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
 
 def jit_map(fn: Callable[..., Any], mesh: Mesh) -> Any:
     """`jax.jit` of `fn(variables, rows)` with the whole result on every device."""
-    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=_overlapping(mesh))
+    options = (_overlapping(mesh) or {}) | (_of_maps(mesh.devices.flat[0]) or {})
+    return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=options or None)
 
 
 def _overlapping(mesh: Mesh) -> dict[str, Any] | None:
     """Compiler options with which several GPUs compute while they exchange parameters and gradients. XLA has this off, because
     it takes memory; for TPUs it is on."""
-    several_gpus = mesh.size > 1 and mesh.devices.flat[0].platform in ("gpu", "cuda")
+    several_gpus = mesh.size > 1 and _is_gpu(mesh.devices.flat[0])
     return {"xla_gpu_enable_latency_hiding_scheduler": True} if several_gpus else None
+
+
+def _of_maps(device: Any) -> dict[str, Any] | None:
+    """Compiler options of programs that may sample. For one token XLA multiplies the kernels of queries, keys and values as one
+    matrix, which it puts together anew for each token."""
+    return {"xla_gpu_dot_merger_threshold_mb": 0} if _is_gpu(device) else None
+
+
+def _is_gpu(device: Any) -> bool:
+    return device.platform in ("gpu", "cuda")
 
 
 def abstract_state(
