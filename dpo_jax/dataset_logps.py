@@ -73,13 +73,11 @@ def reference_logps_of(
     shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards * (places if layout == "plain" else 1))
     logps = np.empty((len(pairs), places), np.float32)
     done = 0
-    for indices, laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
-        place = laid_out.index
-        values = np.asarray(run(variables, laid_out.rows))[place >= 0]
-        numbers = indices[place[place >= 0]]
+    for laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
+        numbers, values = laid_out.of_examples(run(variables, laid_out.rows))
         check_finite([pairs[i] for i in numbers], values, numbers=numbers)
         logps[numbers] = values
-        done += len(indices)
+        done += len(numbers)
         if progress is not None:
             progress(done, len(pairs))
     return logps

@@ -291,7 +291,7 @@ def fill_cache(
     cache: ReferenceCache | None,
     pairs: Sequence[Encoded],
     *,
-    batches: Callable[[Sequence[Encoded]], Iterable[tuple[np.ndarray, Batch]]],
+    batches: Callable[[Sequence[Encoded]], Iterable[Batch]],
     logps: Callable[[Rows], np.ndarray],
     progress: Callable[[Batch], None] = lambda batch: None,
 ) -> int:
@@ -303,17 +303,17 @@ def fill_cache(
     """
     todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
 
-    def keep(indices: np.ndarray, batch: Batch, values: np.ndarray) -> None:
-        place = batch.index
+    def keep(batch: Batch, values: np.ndarray) -> None:
+        numbers, values = batch.of_examples(values)
         if cache is not None:
-            cache.add([todo[int(indices[i])] for i in place[place >= 0]], values[place >= 0])
+            cache.add([todo[number] for number in numbers], values)
 
     with ThreadPoolExecutor(1, thread_name_prefix="reference-cache") as writer:
         written: list[tuple[Future[None], Batch]] = []
-        for indices, batch in batches(todo):
+        for batch in batches(todo):
             values = logps(batch.rows)
             _await(written, progress)
-            written.append((writer.submit(keep, indices, batch, values), batch))
+            written.append((writer.submit(keep, batch, values), batch))
         _await(written, progress)
     return len(todo)
 

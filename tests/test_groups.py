@@ -108,7 +108,7 @@ def test_batches_tell_which_pairs_they_hold():
     assert at(0).stats["pairs"] + at(1).stats["pairs"] == len(PAIRS)
     scored = sum(len(ids) for group in GROUPS for ids in group.completions)
     assert at(0).stats["scored_tokens"] + at(1).stats["scored_tokens"] == scored
-    assert [len(indices) for indices, _ in in_order(GROUPS, layout=layout, batch=4)] == [4, 2]
+    assert [batch.first for batch in in_order(GROUPS, layout=layout, batch=4)] == [0, 4 * layout.pairs]
 
 
 @pytest.mark.parametrize("way", ["one device", "pmap"])

@@ -80,9 +80,14 @@ def test_batches_keep_one_shape_and_lose_nothing(kind):
 
 def test_in_order_visits_every_example_once():
     layout = plan_layout(PAIRS, kind="shared", batch=4)
-    visited = [(indices, batch) for indices, batch in in_order(PAIRS, layout=layout, batch=4)]
-    np.testing.assert_array_equal(np.concatenate([indices for indices, _ in visited]), np.arange(len(PAIRS)))
-    assert len({batch.rows.tokens.shape for _, batch in visited}) == 1
+    visited = [*in_order(PAIRS, layout=layout, batch=4)]
+    uids = np.full(len(PAIRS), "", object)
+    for batch in visited:
+        numbers, values = batch.of_examples(batch.index * 2)
+        np.testing.assert_array_equal(values, 2 * (numbers - batch.first))
+        uids[numbers] = [batch.uids[i] for i in values // 2]
+    assert uids.tolist() == [pair.uid for pair in PAIRS]
+    assert len({batch.rows.tokens.shape for batch in visited}) == 1
 
 
 def test_padding_share_counts_positions_that_hold_no_token():
@@ -139,7 +144,7 @@ def test_a_short_pass_has_fewer_programs_and_the_same_row_length():
     layout = plan_layout(pairs, kind="packed", batch=16)
     short = few_shapes(layout, examples=len(pairs), batch=16)
     assert (short.length, short.scored, short.per_row) == (layout.length, layout.scored, layout.per_row)
-    used, before = ({batch.rows.tokens.shape for _, batch in in_order(pairs, layout=one, batch=16)} for one in (short, layout))
+    used, before = ({batch.rows.tokens.shape for batch in in_order(pairs, layout=one, batch=16)} for one in (short, layout))
     assert len(used) == 1 < len(before)
     assert few_shapes(layout, examples=WORTH_COMPILING * 16 + 1, batch=16) == layout
     shared = plan_layout(pairs, kind="shared", batch=16)

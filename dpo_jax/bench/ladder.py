@@ -208,8 +208,8 @@ def reference_pass(reference: Compiled, variables: Variables, batches: Sequence[
         start = time.perf_counter()
         placed = np.concatenate([np.asarray(reference(variables, rows)) for rows in _parts(batch.rows)])
         seconds.append(time.perf_counter() - start)
-        ordered = np.zeros((int(batch.stats["pairs"]), 2), np.float32)
-        ordered[batch.index[batch.index >= 0]] = placed[batch.index >= 0]
+        ordered, (numbers, found) = np.zeros((int(batch.stats["pairs"]), 2), np.float32), batch.of_examples(placed)
+        ordered[numbers] = found
         values.append(ordered)
     return values, seconds
 

@@ -26,6 +26,15 @@ class Batch(NamedTuple):
     index: np.ndarray  # int32[E]  position in `uids` of the example at each place; -1 for a filler
     uids: list[str]  # of the examples in the batch
     stats: dict[str, float]  # pairs or texts; computed positions, tokens in them; scored_tokens; padding (0 to 1)
+    first: int = 0  # number of the first example in all data, in a pass over them in order
+
+    def of_examples(self, values: Array) -> tuple[np.ndarray, np.ndarray]:
+        """Which examples of all data are in the batch, int[n], and their `values[E, ...]` without those of fillers, [n, ...].
+
+        In groups of pairs the numbers are those of pairs, with `Layout.pairs` to each group.
+        """
+        used = self.index >= 0
+        return self.first + self.index[used], np.asarray(values)[used]
 
 
 def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) -> int:
@@ -94,17 +103,16 @@ def stream(
     return at
 
 
-def in_order(
-    examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)
-) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Every example once, in order, for evaluation and the reference pass: (which examples, their batch).
+def in_order(examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+    """Batches that contain every example once, in order: for evaluation and the reference pass (`Batch.of_examples`).
 
     The next batch is made in a thread while the caller works on one.
     """
 
-    def made(start: int) -> tuple[np.ndarray, Batch]:
+    def made(start: int) -> Batch:
         indices = np.arange(start, min(start + batch, len(examples)))
-        return indices, make_batch(examples, indices, layout=layout, batch=batch, part=part)
+        made = make_batch(examples, indices, layout=layout, batch=batch, part=part)
+        return made._replace(first=start * layout.pairs)
 
     with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as pool:
         starts = iter(range(0, len(examples), batch))

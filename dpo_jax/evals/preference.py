@@ -20,9 +20,7 @@ class NonFiniteLogps(FloatingPointError):
     """The policy gives NaN or infinity for a held-out pair; an accuracy computed from this would look valid."""
 
 
-def held_out_logps(
-    logps: Callable[[Any], np.ndarray], batches: Iterable[tuple[np.ndarray, Batch]], *, pairs: int
-) -> np.ndarray:
+def held_out_logps(logps: Callable[[Any], np.ndarray], batches: Iterable[Batch], *, pairs: int) -> np.ndarray:
     """Log-probabilities float32[pairs, 2] in data order: `logps(rows) -> float32[P, 2]` over all batches of `loader.in_order`.
     For rankings [.., K].
 
@@ -30,16 +28,16 @@ def held_out_logps(
     """
     result = np.zeros((0, 2), np.float32)
     with reported("evaluating", total=pairs, unit="pairs", brief=True) as task:
-        for indices, batch in batches:
-            values, place = logps(batch.rows), batch.index
+        for batch in batches:
+            numbers, values = batch.of_examples(logps(batch.rows))
             if not len(result):
                 result = np.full((pairs, values.shape[1]), np.nan, np.float32)
-            result[indices[place[place >= 0]]] = values[place >= 0]
-            bad = place[(place >= 0) & ~np.isfinite(values).all(axis=1)]
+            result[numbers] = values
+            bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
             if len(bad):
-                shown = ", ".join(f"{value:g}" for value in values[place == bad[0]][0])
-                raise NonFiniteLogps(f"{batch.uids[bad[0]]}: the policy gives the log-probabilities {shown} (chosen, rejected)")
-            task.advance(len(indices))
+                uid, shown = batch.uids[numbers[bad[0]] - batch.first], ", ".join(f"{value:g}" for value in values[bad[0]])
+                raise NonFiniteLogps(f"{uid}: the policy gives the log-probabilities {shown} (chosen, rejected)")
+            task.advance(len(numbers))
     return result
 
 

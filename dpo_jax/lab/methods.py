@@ -61,9 +61,9 @@ def in_layout(world: Trainable, like: PairData, groups: Sequence[PairGroup]) -> 
     layout, several = like.layout, like.batch
     score = world.partitioner.compile_map(functools.partial(reference_logps, world.model))
     ref_logps = np.zeros((len(groups), layout.pairs, 2), np.float32)
-    for indices, batched in in_order(groups, layout=layout, batch=several, part=world.partitioner.host_part):
-        found, place = score(world.reference, batched.rows), batched.index
-        ref_logps[indices[0] :].reshape(-1, 2)[place[place >= 0]] = found[place >= 0]
+    for batched in in_order(groups, layout=layout, batch=several, part=world.partitioner.host_part):
+        numbers, found = batched.of_examples(score(world.reference, batched.rows))
+        ref_logps.reshape(-1, 2)[numbers] = found
     return like._replace(groups=groups, ref_logps=ref_logps)
 
 

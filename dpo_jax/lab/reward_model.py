@@ -53,8 +53,9 @@ class RewardModel:
         groups = group_pairs(pairs)
         several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=self.partitioner)
         rewards = np.full((len(groups), layout.pairs, 2), np.nan)
-        for indices, one in in_order(groups, layout=layout, batch=several, part=self.partitioner.host_part):
-            rewards[indices[0] :].reshape(-1, 2)[one.index[one.index >= 0]] = self.score(variables, one.rows)[one.index >= 0]
+        for one in in_order(groups, layout=layout, batch=several, part=self.partitioner.host_part):
+            numbers, scores = one.of_examples(self.score(variables, one.rows))
+            rewards.reshape(-1, 2)[numbers] = scores
         found = np.empty((len(pairs), 2))
         for group, of_group in zip(groups, rewards, strict=True):
             found[group.members] = of_group[: len(group.members)]

@@ -112,9 +112,9 @@ class MovingReference:
         with reported(f"reference pass of step {step}", total=sum(map(len, todo)), unit="pairs") as task:
             for some in todo:
                 batch = make_batch(self._pairs, some, layout=self._layout, batch=self._batch, part=self._part)
-                values, place = np.asarray(self._score(variables, batch.rows)), batch.index
+                numbers, values = batch.of_examples(self._score(variables, batch.rows))
                 if store is not None:
-                    store.add([self._pairs[i] for i in some[place[place >= 0]]], values[place >= 0])
+                    store.add([self._pairs[i] for i in some[numbers]], values)
                 task.advance(len(some))
                 pause()
         numbers = self._numbers(step, min(step + self.every, self._total_steps))

@@ -125,7 +125,7 @@ def _identity(model: Model, weights: Variables, rows: Rows | None, ld_alpha: flo
 def _check_values(
     store: ReferenceCache | None,
     pairs: Sequence[Encoded],
-    batches: Iterable[tuple[np.ndarray, Batch]],
+    batches: Iterable[Batch],
     logps: Callable[[Rows], np.ndarray],
     identity: Mapping[str, Any],
     *,
@@ -133,14 +133,14 @@ def _check_values(
 ) -> None:
     """Computes cached `pairs` again. Raises `ForeignCache`, on all hosts, if the values differ by more than rounding."""
     nats, share = (0.01, 0.002) if jnp.finfo(identity.get("dtype", "float32")).bits >= 32 else (0.1, 0.01)
-    for _, batch in batches:
-        values, here = logps(batch.rows), batch.index >= 0
+    for batch in batches:
+        numbers, values = batch.of_examples(logps(batch.rows))
         difference = np.zeros(2)
         if store is not None:  # the first host
-            these = [pairs[number] for number in batch.index[here]]
-            check_finite(these, values[here])
+            these = [pairs[number] for number in numbers]
+            check_finite(these, values)
             cached = store.lookup(these)
-            difference = np.sqrt([np.square(values[here] - cached).mean(), np.square(cached).mean()])
+            difference = np.sqrt([np.square(values - cached).mean(), np.square(cached).mean()])
         off, size = from_first(difference)
         if off > nats + share * size:
             raise ForeignCache(

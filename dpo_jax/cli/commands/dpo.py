@@ -62,7 +62,7 @@ def run(config: Config) -> int:
             vision=vision,
         )
         if saved is None:
-            _, first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
+            first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
             tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
         if section.reference:
             build.free(variables)

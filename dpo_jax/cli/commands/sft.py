@@ -49,8 +49,8 @@ def run(config: Config) -> int:
             total, tokens, count = 0.0, 0.0, len(data.held_out)
             batches = in_order(data.held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part)
             with reported("evaluating", total=count, unit="texts", brief=True) as task:
-                for _, batch in batches:
-                    total -= float(np.sum(score(state.variables, batch.rows)[batch.index >= 0]))
+                for batch in batches:
+                    total -= float(np.sum(batch.of_examples(score(state.variables, batch.rows))[1]))
                     tokens += batch.stats["scored_tokens"]
                     task.advance(int(batch.stats["texts"]))
             return {"loss": total / (tokens if section.loss == "mean" else count), "nll_per_token": total / tokens}
