@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
-from dpo_jax.losses import PreferenceLoss, asked, desirable_share, right, unpaired_metrics
+from dpo_jax.losses import PreferenceLoss, asked, right, unpaired_metrics
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
@@ -57,42 +58,60 @@ def dpo_step(
     >>> print(f"{metrics['loss']:.3f}")  # (0.25 + 4) / 2
     2.125
     """
-    signals = _signals(loss, rows)
-    if rows.extras and "desirable" in rows.extras:
-        rows = rows.replace(extras={**rows.extras, "desirable_share": desirable_share(rows, axis_name)})
-    if "mean_lengths" in signals:
-        rows = rows.replace(extras={**(rows.extras or {}), "mean_lengths": _mean_lengths(rows, axis_name)})
-    if "weight" in signals and (microbatches > 1 or axis_name is not None):
-        inputs = partial(_loss_inputs, state.variables, model=model, loss=loss, ld_alpha=ld_alpha)
+    means = batch_means(rows, axis_name)  # before the batch is split
+    if "weight" in _signals(loss, rows) and (microbatches > 1 or axis_name is not None):
+        inputs = partial(_loss_inputs, state.variables, model=model, loss=loss, ld_alpha=ld_alpha, means=means)
         rows = with_slopes(rows, inputs, loss=loss, microbatches=microbatches, axis_name=axis_name)
         loss = linear_loss
-    objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha)
+    objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha, means=means)
     objective = with_router(objective, model, coefficient=router_aux_loss, axis_name=axis_name)
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
 
+class BatchMeans(NamedTuple):
+    """Means over the examples of the global batch, without fillers."""
+
+    lengths: jax.Array  # float32[K]  scored tokens of each completion
+    desirable: jax.Array | None  # float32[]  labels of single completions
+
+
+def batch_means(rows: Rows, axis_name: str | None = None) -> BatchMeans:
+    """Means that metrics and some losses need of the whole batch. `axis_name` is that of `train_step`."""
+    mean, labels = partial(mean_of_examples, weight=rows.weight, axis_name=axis_name), (rows.extras or {}).get("desirable")
+    return BatchMeans(mean(completion_lengths(rows)), None if labels is None else mean(labels))
+
+
 def dpo_objective(
-    variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float = 1.0
+    variables: Variables,
+    rows: Rows,
+    *,
+    model: Model,
+    loss: PreferenceLoss,
+    ld_alpha: float = 1.0,
+    means: BatchMeans | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """The DPO objective: losses float32[P] and metrics of the pairs. `dpo_step` takes their mean and its gradient.
+
+    If `rows` are a part of a batch, give `means` of all of it (`batch_means`); by default they are those of `rows`.
 
     >>> losses, metrics = jax.jit(partial(dpo_objective, model=model, loss=partial(dpo_loss, beta=0.1)))(variables, rows)
     >>> losses.shape, metrics["rewards/margins"].shape
     ((2,), (2,))
     """
-    logps, ref_logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha)
+    means = batch_means(rows) if means is None else means
+    logps, ref_logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha, means=means)
     found = loss(logps, ref_logps, **extras)
     if not (isinstance(found, tuple) and len(found) == 2):
         raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
     losses, rewards = found
-    if (columns := rows.extras or {}) and "desirable" in columns:
-        share = columns["desirable_share"] if "desirable_share" in columns else desirable_share(rows, None)
-        return losses, unpaired_metrics(logps, ref_logps, rewards=rewards, desirable=columns["desirable"], share=share)
+    if means.desirable is not None:
+        labels = (rows.extras or {})["desirable"]
+        return losses, unpaired_metrics(logps, ref_logps, rewards=rewards, desirable=labels, share=means.desirable)
     return losses, preference_metrics(logps, ref_logps, rewards=rewards)
 
 
 def _loss_inputs(
-    variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float
+    variables: Variables, rows: Rows, *, model: Model, loss: PreferenceLoss, ld_alpha: float, means: BatchMeans
 ) -> tuple[jax.Array, Array, dict[str, Array]]:
     """The log-probabilities of policy and reference, float32[P, K] each, and what else the loss takes, by keyword."""
     if rows.ref_logps is None:
@@ -100,16 +119,16 @@ def _loss_inputs(
     hidden = scored_hidden(model, variables, rows)
     supplied = {
         "lengths": lambda: completion_lengths(rows),
+        "mean_lengths": lambda: jnp.broadcast_to(means.lengths, (len(rows.weight), *means.lengths.shape)),
         "weight": lambda: rows.weight,
         "aligned_logps": lambda: _aligned_logps(model, variables, hidden, rows),
     }
-    signals, columns = _signals(loss, rows), dict(rows.extras or {})
+    signals = _signals(loss, rows)
     if "desirable" in signals:
         raise ValueError("this loss reads single completions with labels, but the batch has none (Encoded.desirable)")
-    columns.pop("desirable_share", None)  # of the metrics
     extras = {name: make() for name, make in supplied.items() if name in signals}
     logps = pair_sums(hidden_logps(model, variables, hidden, rows), rows, ld_alpha=ld_alpha)
-    return logps, rows.ref_logps, extras | columns
+    return logps, rows.ref_logps, {**extras, **(rows.extras or {})}
 
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:
@@ -122,12 +141,6 @@ def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: 
     variables, hidden = jax.lax.stop_gradient((variables, hidden))
     sums = pair_sums(hidden_logps(model, variables, hidden, rows, read=aligned_log_probability), rows)
     return sums / jnp.maximum(completion_lengths(rows), 1)
-
-
-def _mean_lengths(rows: Rows, axis_name: str | None) -> jax.Array:
-    """Mean number of scored tokens per completion over the global batch, without fillers: float32[P, K], all rows equal."""
-    lengths = completion_lengths(rows)
-    return jnp.broadcast_to(mean_of_examples(lengths, rows.weight, axis_name), lengths.shape)
 
 
 def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array) -> Metrics:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dpo_jax.logps import scored_tokens, sequence_logps
@@ -36,14 +35,11 @@ def sft_step(
     (1, ['grad_norm', 'logps/chosen', 'loss', 'nll_per_token', 'tokens'])
     """
 
-    if per_token:  # a number of the global batch, which parts of it carry along
-        mean = jnp.broadcast_to(mean_of_examples(scored_tokens(rows), rows.weight, axis_name), rows.weight.shape)
-        rows = rows.replace(extras={**(rows.extras or {}), "mean_tokens": mean})
+    divisor = mean_of_examples(scored_tokens(rows), rows.weight, axis_name) if per_token else 1.0  # before the batch is split
 
     def of_texts(variables: Variables, rows: Rows, *, model: Model) -> tuple[jax.Array, Metrics]:
         logps = sequence_logps(model, variables, rows)
-        losses = -logps / (rows.extras or {})["mean_tokens"] if per_token else -logps
-        return losses, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
+        return -logps / divisor, {"logps/chosen": logps, "tokens": scored_tokens(rows)}
 
     objective = with_router(of_texts, model, coefficient=router_aux_loss, axis_name=axis_name)
     state, metrics = train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)

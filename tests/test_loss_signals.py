@@ -16,7 +16,7 @@ from test_step import PAIRS, REF, layout, rows_of, toy_model
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dataset_logps import reference_logps_of
-from dpo_jax.dpo import dpo_step
+from dpo_jax.dpo import dpo_objective, dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import named_loss, sum_of_losses, weighted_by_policy
 from dpo_jax.step import init_state
@@ -53,6 +53,16 @@ def test_lengths_are_those_of_real_pairs(name, kind, state):
     metrics = metrics_of(SHOWS[name], state, rows_of(kind))
     assert metrics["rewards/chosen"] == pytest.approx(LENGTHS[:, 0].mean())
     assert metrics["rewards/rejected"] == pytest.approx(LENGTHS[:, 1].mean())
+
+
+@pytest.mark.parametrize("name", ["orpo", "cpo + 0.5*sigmoid_norm"])
+def test_the_objective_alone_takes_the_means_of_its_rows(name, state):
+    rows, loss = rows_of("shared"), named_loss(name, beta=0.5)
+    losses, found = jax.jit(functools.partial(dpo_objective, model=MODEL, loss=loss))(state.variables, rows)
+    expected = metrics_of(loss, state, rows)
+    used = rows.weight / rows.weight.sum()
+    assert float((losses * used).sum()) == pytest.approx(float(expected["loss"]), rel=1e-6)
+    assert float((found["rewards/margins"] * used).sum()) == pytest.approx(float(expected["rewards/margins"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("cut", ["microbatches", "devices"])

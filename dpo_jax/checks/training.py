@@ -18,9 +18,8 @@ from dpo_jax.checks.attention import float32_is_float32, random_pair
 from dpo_jax.checks.report import Result, Row
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout
-from dpo_jax.dpo import dpo_step, preference_metrics
+from dpo_jax.dpo import dpo_objective, dpo_step
 from dpo_jax.head import token_logps
-from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models.attention_paths import CHUNKED, attention_path
 from dpo_jax.models.checkpoint_stream import path_of
@@ -30,7 +29,7 @@ from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.step import init_state, mean_grads
-from dpo_jax.types import Array, Metrics, Model, Partitioner, Rows, Variables
+from dpo_jax.types import Array, Model, Partitioner, Rows, Variables
 
 PAIRS, STEPS = 15, 4  # an odd number of pairs: the batch has a filler
 SIZES: dict[str, Any] = {
@@ -147,13 +146,7 @@ def batch_of(kind: str, *, dtype: str = "float32", reference: str = "plain", row
 def objective(model: Model) -> Any:
     """The objective of `dpo_step`, for callers that need its gradient."""
 
-    def of_rows(variables: Variables, rows: Rows) -> tuple[jax.Array, Metrics]:
-        logps = completion_logps(model, variables, rows)
-        assert rows.ref_logps is not None
-        losses, rewards = LOSS(logps, rows.ref_logps)
-        return losses, preference_metrics(logps, rows.ref_logps, rewards=rewards)
-
-    return of_rows
+    return functools.partial(dpo_objective, model=model, loss=LOSS)
 
 
 def _start(dtype: str) -> Result:

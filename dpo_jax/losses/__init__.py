@@ -47,6 +47,5 @@ from dpo_jax.losses.rankings import plackett_luce_loss as plackett_luce_loss
 from dpo_jax.losses.transport import aot_loss as aot_loss
 from dpo_jax.losses.transport import aot_unpaired_loss as aot_unpaired_loss
 from dpo_jax.losses.unpaired import apo_zero_unpaired_loss as apo_zero_unpaired_loss
-from dpo_jax.losses.unpaired import desirable_share as desirable_share
 from dpo_jax.losses.unpaired import kto_loss as kto_loss
 from dpo_jax.losses.unpaired import unpaired_metrics as unpaired_metrics

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax.losses.inputs import check_beta, check_option, implicit_rewards, pairs_of, right_label
-from dpo_jax.types import Array, Metrics, Rows
+from dpo_jax.types import Array, Metrics
 
 Result = tuple[jax.Array, jax.Array]
 
@@ -86,24 +86,16 @@ def _weights(desirable: Array, of_desirable: float | Array, of_undesirable: floa
     return jnp.where(jnp.asarray(desirable) > 0, of_desirable, of_undesirable)
 
 
-def desirable_share(rows: Rows, axis_name: str | None) -> jax.Array:
-    """Fraction of desirable completions in the global batch, without fillers: float32[P], all equal."""
-    weight, desirable = jnp.asarray(rows.weight), jnp.asarray((rows.extras or {})["desirable"])
-    sums = (desirable * weight).sum(), weight.sum()
-    of_desirable, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
-    return jnp.broadcast_to(of_desirable / total, desirable.shape)
-
-
 def unpaired_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array, desirable: Array, share: Array) -> Metrics:
     """Metrics of single completions, {name: float[P]}, named as in `preference_metrics`: chosen means desirable.
 
     Values are scaled so that their mean over the batch is the mean over the desirable (chosen) or undesirable (rejected)
     completions, or 0 if the batch has none. An example counts as right if it is desirable and its reward is above 0, or
     undesirable and below. `kl` is the log-ratio of the mismatched completions: KTO's z0 is its mean, or 0 if that is negative.
-    Arrays are float[P, 2] as in `kto_loss`; `desirable` and `share`, its mean over the batch, are float[P].
+    Arrays are float[P, 2] as in `kto_loss`, `desirable` is float[P], and `share`, its mean over the global batch, float[].
 
     >>> logps, ref_logps = jnp.array([[-12.0, -9.0], [-15.0, -8.0]]), jnp.array([[-14.0, -9.0], [-13.0, -10.0]])
-    >>> labels = {"desirable": jnp.array([1.0, 0]), "share": jnp.array([0.5, 0.5])}
+    >>> labels = {"desirable": jnp.array([1.0, 0]), "share": jnp.float32(0.5)}
     >>> found = unpaired_metrics(logps, ref_logps, rewards=logps - ref_logps, **labels)
     >>> print({name: float(found[name].mean()) for name in ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "kl")})
     {'rewards/chosen': 2.0, 'rewards/rejected': -2.0, 'rewards/accuracies': 1.0, 'kl': 1.0}
