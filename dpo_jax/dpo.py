@@ -11,7 +11,7 @@ import optax
 
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
-from dpo_jax.losses import PreferenceLoss, asked, right, unpaired_metrics
+from dpo_jax.losses import PreferenceLoss, asked, pair_accuracy, unpaired_metrics
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
@@ -162,7 +162,7 @@ def preference_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, -1],
         "rewards/margins": rewards[:, 0] - rewards[:, -1],
-        "rewards/accuracies": right(rewards, logps, ref_logps),
+        "rewards/accuracies": pair_accuracy(rewards, logps, ref_logps),
         "logps/chosen": logps[:, 0],
         "logps/rejected": logps[:, -1],
         "displacement/chosen": log_ratios[:, 0],

@@ -68,7 +68,7 @@ def token_logps(
     count = -(-each // chunk)
     if count <= 1:
         return score(jnp.asarray(hidden), jnp.asarray(target))
-    width = min(chunk, -(-each // count // 64) * 64)  # a CPU multiplies matrices of odd sizes a third slower
+    size = min(chunk, -(-each // count // 64) * 64)  # a CPU multiplies matrices of odd sizes a third slower
     used = jnp.ones(target.shape, bool) if used is None else jnp.asarray(used)
 
     def by_device(x: Array) -> jax.Array:
@@ -79,11 +79,11 @@ def token_logps(
     order = jnp.argsort(~by_device(used), axis=1)
 
     def split(x: Array) -> jax.Array:
-        """[R, S, ...] to [count, parts, width, ...], used positions first."""
+        """[R, S, ...] to [count, parts, size, ...], used positions first."""
         x = by_device(x)
         x = jnp.take_along_axis(x, order.reshape(parts, each, *(1 for _ in x.shape[2:])), axis=1)
-        x = jnp.pad(x, [(0, 0), (0, count * width - each)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(parts, count, width, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, count * size - each)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(parts, count, size, *x.shape[2:]), 1, 0)
 
     chunks = (split(hidden), split(target), split(used))
     if parts == 1:
@@ -92,7 +92,7 @@ def token_logps(
         # A chunk is rarely unused on all devices, and with a condition the head's gradient would be reduced chunk by chunk.
         score_chunk = lambda hidden, target, _: jax.checkpoint(score)(hidden, target)  # noqa: E731
     logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
-    logps = logps.reshape(parts, count * width)[:, :each]
+    logps = logps.reshape(parts, count * size)[:, :each]
     logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1)
     return logps.reshape(of_rows, of_scored, rows // of_rows, scored // of_scored).swapaxes(1, 2).reshape(rows, scored)
 

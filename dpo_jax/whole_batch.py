@@ -32,7 +32,7 @@ def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatche
         return (losses * weight).sum(), (losses, rewards)
 
     slopes, (losses, rewards) = jax.grad(total, has_aux=True)(logps)
-    # The step weighs the terms of examples once more. A filler, of weight 0, has no slope.
+    # `mean_grads` multiplies by the weight again, so it is divided out here. A filler, of weight 0, has no slope.
     slopes = slopes / jnp.where(weight > 0, weight, 1)[:, None]
     found = {"whole_losses": losses, "whole_rewards": rewards, "whole_slopes": slopes}
     count = rows.weight.shape[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss, right, unlikelihood_loss
+from dpo_jax.losses import dpo_loss, ipo_loss, pair_accuracy, plackett_luce_loss, unlikelihood_loss
 
 CASES = json.loads((GOLDEN / "preference_loss.json").read_text())
 LOGPS = np.array([[-12.0, -15.0], [-80.5, -3.25], [-40.0, -40.0]])
@@ -276,12 +276,13 @@ def test_ties_count_half_and_rounding_is_a_tie(array):
     moved = np.array([[0, 0], [3e-5, 0], [0, 6e-5], [0.01, 0], [0, 0.01], [-5, -7]], np.float32)
     logps, ref = array(ref + moved), array(ref)
     _, rewards = dpo_loss(logps, ref, beta=0.1)
-    found = right(array(np.asarray(rewards)), logps, ref)
+    found = pair_accuracy(array(np.asarray(rewards)), logps, ref)
     assert found.dtype == np.float32
     assert found.tolist() == [0.5, 0.5, 0.5, 1, 0, 1]
-    assert (found + right(rewards[:, ::-1], logps[:, ::-1], ref[:, ::-1]) == 1).all(), "who swaps the sides has the other share"
+    swapped = pair_accuracy(rewards[:, ::-1], logps[:, ::-1], ref[:, ::-1])
+    assert (found + swapped == 1).all(), "who swaps the sides has the other share"
 
 
 def test_a_ranking_is_right_where_its_best_is_above_its_worst():
     _, rewards = plackett_luce_loss(RANKED, RANKED_REF, beta=0.1)
-    assert right(rewards, RANKED, RANKED_REF).tolist() == [1, 0, 0.5]
+    assert pair_accuracy(rewards, RANKED, RANKED_REF).tolist() == [1, 0, 0.5]

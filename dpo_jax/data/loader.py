@@ -54,7 +54,7 @@ def batch_indices(
 
     Epochs follow each other without a gap, so a batch may end one and begin the next; each epoch contains each example once.
     `epochs` ends the stream, and the last batch may be smaller. `behind` is for a stream that once ended earlier with such a
-    smaller batch: the number of examples by which it is behind `step * batch`.
+    smaller batch: how many examples fewer than `step * batch` it had seen.
     """
     last = math.inf if epochs is None else seen_in(epochs, examples)
     places = np.arange(step * batch - behind, min((step + 1) * batch - behind, last), dtype=np.int64)
@@ -185,10 +185,10 @@ def plan_layout(
     """The tightest shapes into which all `examples` fit: row length, scored positions, pairs per row, row counts.
 
     `length` is the row length; the default is that of the longest example, or for packed rows the one with the least padding.
-    The number of rows is a multiple of `multiple`: devices times microbatches. `microbatches` is their number again if there is
-    one device, where empty ones cost nothing. `shapes`, at least 2, limits the row counts of packed rows: fewer mean fewer
-    programs to compile and more padding. `pieces` is the number of parts into which a mesh splits each row (its context axis);
-    each part then fits whole blocks of the attention kernels.
+    The number of rows is a multiple of `multiple`: devices times microbatches. `microbatches`: on one device their number,
+    because it skips empty ones; else 1. `shapes`, at least 2, limits the row counts of packed rows: fewer mean fewer programs
+    to compile and more padding. `pieces` is the number of parts into which a mesh splits each row (its context axis); each part
+    then fits whole blocks of the attention kernels.
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)

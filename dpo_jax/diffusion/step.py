@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from dpo_jax.diffusion.schedule import Schedule, Weighting
-from dpo_jax.losses import PreferenceLoss, asked, right
+from dpo_jax.losses import PreferenceLoss, asked, pair_accuracy
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, TrainState, Variables
 
@@ -136,7 +136,7 @@ def diffusion_dpo_objective(
         "rewards/chosen": rewards[:, 0],
         "rewards/rejected": rewards[:, 1],
         "rewards/margins": rewards[:, 0] - rewards[:, 1],
-        "rewards/accuracies": right(rewards, logps, ref_logps),
+        "rewards/accuracies": pair_accuracy(rewards, logps, ref_logps),
         "errors/chosen": errors[:, 0].mean(axis=1),
         "errors/rejected": errors[:, 1].mean(axis=1),
         "errors/chosen_over_reference": apart[:, 0],  # both may rise, as both log-probabilities may fall in DPO

@@ -11,7 +11,7 @@ from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.loader import Batch
 from dpo_jax.data.mixture import by_source
 from dpo_jax.evals.intervals import by_prompt, score_interval
-from dpo_jax.losses import right, right_label, whole_set_signals
+from dpo_jax.losses import label_accuracy, pair_accuracy, whole_set_signals
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array
 
@@ -80,10 +80,10 @@ def preference_summary(
     log_ratios = np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
     if desirable is None:
         sides = [(rewards[:, place], log_ratios[:, place]) for place in (0, -1)]
-        scores = right(rewards, logps, ref_logps)
+        scores = pair_accuracy(rewards, logps, ref_logps)
     else:
         sides = [(rewards[which, 0], log_ratios[which, 0]) for which in (np.asarray(desirable) > 0, np.asarray(desirable) == 0)]
-        scores = right_label(logps, ref_logps, np.asarray(desirable))
+        scores = label_accuracy(logps, ref_logps, np.asarray(desirable))
     scores = np.asarray(scores, np.float64)
     low, high = score_interval(*by_prompt(scores, prompts))
     # Single completions may all have the same label.

@@ -19,8 +19,8 @@ from dpo_jax.losses.combine import sum_of_losses as sum_of_losses
 from dpo_jax.losses.combine import weighted_by_policy as weighted_by_policy
 from dpo_jax.losses.combine import whole_set_signals as whole_set_signals
 from dpo_jax.losses.inputs import implicit_rewards as implicit_rewards
-from dpo_jax.losses.inputs import right as right
-from dpo_jax.losses.inputs import right_label as right_label
+from dpo_jax.losses.inputs import label_accuracy as label_accuracy
+from dpo_jax.losses.inputs import pair_accuracy as pair_accuracy
 from dpo_jax.losses.inputs import tied as tied
 from dpo_jax.losses.likelihood import cpo_loss as cpo_loss
 from dpo_jax.losses.likelihood import orpo_loss as orpo_loss

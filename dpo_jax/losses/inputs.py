@@ -14,7 +14,8 @@ from dpo_jax.types import Array
 
 
 def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> jax.Array:
-    """The implicit reward, for which the policy is optimal: `beta * log(pi / pi_ref)` (eq. 5), float[P, K], without gradient.
+    """The implicit reward `beta * log(pi / pi_ref)` (eq. 5), float[P, K], without gradient. It is the reward that the policy
+    maximizes under a KL penalty to the reference.
 
     `logps` and `ref_logps` are float[P, K] in nats. Rewards are known up to a constant per prompt: compare them only within a
     prompt.
@@ -25,7 +26,7 @@ def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> 
     return jax.lax.stop_gradient(column(beta) * (jnp.asarray(logps) - jnp.asarray(ref_logps)))
 
 
-def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
+def pair_accuracy(rewards: Array, logps: Array, ref_logps: Array) -> Any:
     """Accuracy per pair: 1 if the chosen completion has the higher reward, 0 if the lower one, 1/2 for a tie: float[P].
 
     The first and the last column of `[P, K]` are compared. It is also a tie if the four log-probabilities differ by no more
@@ -38,7 +39,7 @@ def right(rewards: Array, logps: Array, ref_logps: Array) -> Any:
     return (1 - tie) * (margins > 0).astype(margins.dtype) + tie / 2
 
 
-def right_label(logps: Array, ref_logps: Array, desirable: Array) -> Any:
+def label_accuracy(logps: Array, ref_logps: Array, desirable: Array) -> Any:
     """Accuracy per single completion, float[P]: 1 if the policy gives a desirable completion a higher probability than the
     reference does, or an undesirable one a lower one; 0 if it is the other way round; 1/2 if they are equal up to rounding.
     Only the first column of [P, 2] is read."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.losses.inputs import check_beta, check_option, implicit_rewards, pairs_of, right_label
+from dpo_jax.losses.inputs import check_beta, check_option, implicit_rewards, label_accuracy, pairs_of
 from dpo_jax.types import Array, Metrics
 
 Result = tuple[jax.Array, jax.Array]
@@ -107,7 +107,7 @@ def unpaired_metrics(logps: jax.Array, ref_logps: Array, *, rewards: jax.Array, 
         "rewards/chosen": reward * of_chosen,
         "rewards/rejected": reward * of_rejected,
         "rewards/margins": reward * (of_chosen - of_rejected),
-        "rewards/accuracies": right_label(logps, ref_logps, desirable),
+        "rewards/accuracies": label_accuracy(logps, ref_logps, desirable),
         "logps/chosen": logps[:, 0] * of_chosen,
         "logps/rejected": logps[:, 0] * of_rejected,
         "displacement/chosen": log_ratios[:, 0] * of_chosen,

@@ -27,10 +27,9 @@ from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.online.choices import shares_won
 from dpo_jax.runtime.hosts import from_first, is_first, of_first
-from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.shapes import fit
 from dpo_jax.training.fingerprint import check_settings
-from dpo_jax.training.references import SAY
 from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object, regular
 from dpo_jax.writing import appending, write_whole
 

@@ -47,7 +47,7 @@ from dpo_jax.online.samples import ROW, Samples, encoded_pairs, read_samples, sa
 from dpo_jax.online.stage import Stage, read_stage
 from dpo_jax.runtime.checkpoint import CheckpointDamaged
 from dpo_jax.runtime.hosts import from_first, is_first
-from dpo_jax.training.references import SAY
+from dpo_jax.runtime.progress import SAY
 from dpo_jax.types import Variables
 from dpo_jax.writing import write_whole
 

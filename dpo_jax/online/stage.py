@@ -16,10 +16,10 @@ from typing import Any
 
 from dpo_jax.data.terminal import json_text
 from dpo_jax.runtime.hosts import is_first, of_first
+from dpo_jax.runtime.progress import SAY
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import Shape, fit
 from dpo_jax.training.fingerprint import check_settings
-from dpo_jax.training.references import SAY
 from dpo_jax.untrusted import Unreadable, read_bytes, read_lines, read_object, regular
 from dpo_jax.writing import write_whole
 

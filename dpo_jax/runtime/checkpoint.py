@@ -56,8 +56,6 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not (record.exc_info and f"{os.sep}orbax{os.sep}" in record.pathname)
 
 
-logging.getLogger("absl").addFilter(_is_news)  # orbax's logger
-
 DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 
 
@@ -119,6 +117,7 @@ class Checkpoints:
         read_only: bool = False,
         origin: Callable[[int], int] = lambda step: step,
     ):
+        logging.getLogger("absl").addFilter(_is_news)  # orbax's logger; a filter that is there is not added again
         self._read_only = read_only
         self.directory = epath.Path(directory)
         self._unsealed: int | None = None
@@ -259,7 +258,7 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and jax.process_count() > 1 and not getattr(error, "agreed", False):
-            return  # the other hosts may not have this error: they would be waited for, and it would never be told
+            return  # closing waits for all hosts. Those without this error would not come, and it would never be told
         try:
             self.close()
         except CheckpointWriteError as second:

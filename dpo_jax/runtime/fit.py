@@ -103,12 +103,12 @@ def fit(
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
     """
     start = int(get_state(state.step))
-    # A row of step 0 is of an attempt without a checkpoint. Its settings are unknown, and may have been others.
+    # Without a checkpoint, an evaluation of step 0 in the log is dropped: the earlier attempt may have had other settings.
     kept = start > 0 and not evaluate_first
     rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=kept)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(shapes)
 
-    def judged(done: int) -> Verdict:
+    def evaluated(done: int) -> Verdict:
         assert evaluate is not None
         rows.flush()
         with reported("evaluating", brief=True):
@@ -125,10 +125,10 @@ def fit(
                 raise _stopped(number, done, saved=checkpoints is not None)
 
         def end(done: int) -> None:
-            agree(signals.received)  # with several hosts, the next call returns what this one exchanges
+            agree(signals.received)  # with several hosts its result comes one call later, in `pause`
             pause(done)
 
-        if evaluate is not None and evaluate_first and (judged(start).stop or start == total_steps):
+        if evaluate is not None and evaluate_first and (evaluated(start).stop or start == total_steps):
             end(start)
             return state
         for index in range(start, total_steps):
@@ -144,7 +144,7 @@ def fit(
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
             stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
             if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
-                verdict = judged(done)
+                verdict = evaluated(done)
                 last = last or verdict.stop
             renewing = _is_due(done, every) and not (stop or last)
             if request or last or renewing or verdict.save or _is_due(done, save_every):

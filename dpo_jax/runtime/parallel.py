@@ -136,13 +136,13 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
     def load_variables(shapes, pieces):
         if of_variables is None:
             return assemble(shapes, pieces, put=lambda leaf: _place(leaf, NamedSharding(mesh, PartitionSpec())))
-        lie = of_variables
+        shardings = of_variables
         shape_of = {path_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
         return assemble_parts(
             shapes,
             pieces,
-            parts=lambda path, shape: set(_local_parts(lie[path], shape).values()),
-            place=lambda path, parts: _from_parts(lie[path], shape_of[path], parts),
+            parts=lambda path, shape: set(_local_parts(shardings[path], shape).values()),
+            place=lambda path, parts: _from_parts(shardings[path], shape_of[path], parts),
         )
 
     def put_rows(rows):
@@ -220,8 +220,8 @@ def abstract_state(
     shapes, of_variables = _variables_on(mesh, model, units)
     state = jax.eval_shape(make, shapes)
     _check_rows(rows, row_shards(mesh))
-    lie = tree_shardings(state, of_variables, mesh), jax.tree.map(lambda _: row_sharding(mesh), rows)
-    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), (state, rows), lie)
+    shardings = tree_shardings(state, of_variables, mesh), jax.tree.map(lambda _: row_sharding(mesh), rows)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), (state, rows), shardings)
 
 
 def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any] | None]:

@@ -7,6 +7,7 @@ thread reports after `SILENCE_SECONDS` without output, so no phase is silent for
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import sys
 import threading
@@ -20,6 +21,8 @@ SILENCE_SECONDS = 10.0
 FIRST_WORD_SECONDS = 4.0  # of silence before the first line in a log file
 NOTABLE_SECONDS = 2.0  # shorter tasks get no line at their end
 REDRAW_SECONDS = 0.5
+SAY = functools.partial(print, flush=True)
+"""Default output of a run's messages: standard output, one line each."""
 NARROW = 80  # columns if the terminal's width is unknown
 
 

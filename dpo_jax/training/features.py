@@ -29,7 +29,7 @@ from dpo_jax.locks import open_lock
 from dpo_jax.models.siglip import encode_images
 from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.reference import ForeignCache
-from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.types import Array, Variables
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import leftovers, write_whole
@@ -37,7 +37,6 @@ from dpo_jax.writing import leftovers, write_whole
 VERSION = "dpo_jax image features 1"
 IDENTITY, SUFFIX = "identity.json", ".features"
 RECENT_BYTES, SCORES_BYTES = 2**30, 2**31
-SAY = functools.partial(print, flush=True)
 
 
 class FeatureCache(Mapping[str, np.ndarray]):

@@ -40,7 +40,7 @@ class SavedRun(NamedTuple):
         return self.meta.get("data", {})
 
 
-def as_saved(values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
+def json_values(values: Mapping[str, Any], *, name: str) -> dict[str, Any]:
     """`values` as a resumed run will read them: JSON makes lists of tuples. `name`: that of the argument, for messages.
 
     Raises TypeError, naming the entry, for a value that JSON does not have, such as a numpy number.
@@ -67,7 +67,7 @@ def architecture(model: Model) -> str:
 
 
 def behind(saved: SavedRun | None, *, examples: int, batch: int) -> int:
-    """The number of examples by which a saved run is behind `step * batch`, because its last batch may have been smaller.
+    """How many examples fewer than `step * batch` a saved run has seen, because it ended with a smaller batch.
 
     An extended run continues with the next example, so none is left out.
     """
@@ -103,7 +103,7 @@ def check_length(saved: SavedRun | None, *, steps: int) -> None:
 def check_epochs(saved: SavedRun | None, *, epochs: float | None, examples: int, batch: int) -> None:
     """Raises `RunMismatch` if the run has seen more examples than `epochs` passes hold; None: its length is in steps.
 
-    `check_length` does not find this if both end with the same, smaller batch.
+    `check_length` does not find this: two lengths in epochs may round up to the same number of steps.
     """
     if saved is None or epochs is None:
         return

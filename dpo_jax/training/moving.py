@@ -22,8 +22,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import few_shapes, make_batch, round_up
 from dpo_jax.reference import ReferenceCache, pair_key
 from dpo_jax.runtime.hosts import from_first, is_first
-from dpo_jax.runtime.progress import reported
-from dpo_jax.training.references import SAY
+from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.types import Array, Rows, Variables
 
 

@@ -18,11 +18,8 @@ from dpo_jax.logps import scored_hidden
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import ForeignCache, ReferenceCache, check_finite, fill_cache, pair_key, reference_logps
 from dpo_jax.runtime.hosts import from_first, is_first
-from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.types import Model, Partitioner, Rows, Variables
-
-SAY = functools.partial(print, flush=True)
-"""Default output of a run's messages: standard output, one line each."""
 
 
 def cached_reference_logps(

@@ -19,23 +19,22 @@ from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_me
 from dpo_jax.runtime.fit import NonFinite, fit
 from dpo_jax.runtime.metrics import MetricsLog, Writer, is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
-from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.training.fingerprint import (
     SavedRun,
-    as_saved,
     check_data,
     check_held_out,
     check_length,
     check_settings,
     data_changes,
+    json_values,
     other_held_out,
     run_length,
 )
 from dpo_jax.training.moving import Moving
-from dpo_jax.training.references import SAY
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, Variables
 from dpo_jax.writing import appending
@@ -126,15 +125,16 @@ def train(
       checkpoints: another directory for them, possibly a bucket (`gs://...`).
       eval_at_start: also evaluate before the first step. For `stopping` the initial weights are not a candidate.
       stopping: ends the run early, based on `evaluate`. The returned state is then the best one, not the last.
-      moving: every N steps, makes the policy the reference of `stream` (`MovingReference`), or produces all its data
-        (`online.Rounds`). The state of such a step is saved first, and kept until the next such step.
+      moving: every N steps, saves the state and then computes anew what `stream` reads from it: reference log-probabilities
+        (`MovingReference`), or a round of samples (`online.Rounds`). The checkpoint is kept until the next such step.
       begin: called once the run is known to be new, or to match the one being resumed.
       writers: creates further metrics destinations, on the first host (`runtime.metrics`).
 
     The other arguments are those of `fit`. `evaluate` also runs after the last step, for any `eval_every`; a value that is not
     finite raises `NonFinite`.
     """
-    meta: dict[str, Any] = {"fingerprint": as_saved(fingerprint, name="fingerprint"), "data": as_saved(data or {}, name="data")}
+    meta: dict[str, Any] = {"fingerprint": json_values(fingerprint, name="fingerprint")}
+    meta["data"] = json_values(data or {}, name="data")
     meta["versions"] = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
     partitioner = partitioner or single_device()
     if stopping is not None:
@@ -157,19 +157,17 @@ def train(
         begin()
         if moving is not None and start < total_steps:
             state = _at_its_reference(state, start, moving, store, partitioner)
-        judge = None if evaluate is None else functools.partial(_finite, evaluate)
+        checked = None if evaluate is None else functools.partial(_finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
-        # Changed held-out data need another evaluation of a finished run, in place of the one in the log.
-        again = judge is not None and stopping is None and _is_other_data(saved, meta["data"], total_steps)
-        if start == 0:
-            first = judge is not None and eval_at_start and total_steps > 0
-        else:
-            first = judge is not None and _is_due(start, eval_every, total_steps)  # a signal may have prevented it
-            if first and stopping is not None:
-                first = stopping.last < start
-            elif first:
-                first = start < total_steps and not _is_evaluated(log, start)
-            first = first or (again and start == total_steps)
+        first = checked is not None and _evaluates_first(
+            start,
+            total_steps,
+            every=eval_every,
+            at_start=eval_at_start,
+            stopping=stopping,
+            log=log,
+            other_data=_is_other_data(saved, meta["data"], total_steps),
+        )
         state = fit(
             step,
             state,
@@ -180,7 +178,7 @@ def train(
             meta=meta,
             log=log,
             progress=progress if hosts.is_first() else None,
-            evaluate=judge,
+            evaluate=checked,
             eval_every=eval_every,
             evaluate_first=first,
             watch=stopping.watching(store) if stopping is not None else None,
@@ -191,13 +189,13 @@ def train(
             check=check,
             unit=unit,
             shapes=shapes,
-            get_state=functools.partial(_saved, partitioner),
+            get_state=functools.partial(_saved_form, partitioner),
             agree=hosts.agreement(),
         )
         if stopping is not None:
             state = _best(state, store, partitioner, stopping, say)
-        elif judge is not None:
-            _evaluate_last(judge, state, total_steps, log=log)
+        elif checked is not None:
+            _evaluate_last(checked, state, total_steps, log=log)
     return state
 
 
@@ -219,6 +217,30 @@ def steps_of(state: Any, partitioner: Partitioner) -> int:
     """The number of steps that a state on the devices has taken."""
     step: Any = partitioner.get_state(state.step)
     return int(step)
+
+
+def _evaluates_first(
+    start: int,
+    total_steps: int,
+    *,
+    every: int,
+    at_start: bool,
+    stopping: EarlyStopping | None,
+    log: MetricsLog | None,
+    other_data: bool,
+) -> bool:
+    """Whether the state that training begins or continues with, after `start` steps, is evaluated. All hosts must call it.
+
+    An evaluation may be missing because a signal came before it. `other_data`: a finished run has other held-out data than it
+    was evaluated on.
+    """
+    if start == 0:
+        return at_start and total_steps > 0
+    if stopping is not None:
+        return _is_due(start, every, total_steps) and stopping.last < start
+    if start == total_steps:
+        return other_data
+    return _is_due(start, every, total_steps) and not _is_evaluated(log, start)
 
 
 def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
@@ -353,7 +375,7 @@ def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
     return partitioner.put_state(restored).replace(frozen=state.frozen)
 
 
-def _saved(partitioner: Partitioner, state: Any) -> Any:
+def _saved_form(partitioner: Partitioner, state: Any) -> Any:
     """A state, or a part of it, in the saved form, without the frozen part."""
     return partitioner.get_state(state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state)
 
@@ -361,7 +383,7 @@ def _saved(partitioner: Partitioner, state: Any) -> Any:
 def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:
     """(state in saved form, meta) of the newest good checkpoint, or of step `only`, structured like `state`."""
     with reported("reading the checkpoint"):
-        return store.restore_latest(jax.tree.map(_as_saved, _saved(partitioner, state)), only=only)
+        return store.restore_latest(jax.tree.map(_abstract, _saved_form(partitioner, state)), only=only)
 
 
 def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -381,7 +403,7 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
             file.write(json.dumps({"step": step, "time": time}) + "\n")
 
 
-def _as_saved(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """The abstract form of a leaf. A sharded leaf is read into its shards, so no host holds all of it."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
