@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from dpo_jax.losses import PreferenceLoss, asked, pair_accuracy, unpaired_metric
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
-from dpo_jax.whole_batch import linear_loss, mean_of_examples, with_slopes
+from dpo_jax.whole_batch import BatchMeans, batch_means, linear_loss, with_slopes
 
 
 def dpo_step(
@@ -66,19 +65,6 @@ def dpo_step(
     objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha, means=means)
     objective = with_router(objective, model, coefficient=router_aux_loss, axis_name=axis_name)
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
-
-
-class BatchMeans(NamedTuple):
-    """Means over the examples of the global batch, without fillers."""
-
-    lengths: jax.Array  # float32[K]  scored tokens of each completion
-    desirable: jax.Array | None  # float32[]  labels of single completions
-
-
-def batch_means(rows: Rows, axis_name: str | None = None) -> BatchMeans:
-    """Means that metrics and some losses need of the whole batch. `axis_name` is that of `train_step`."""
-    mean, labels = partial(mean_of_examples, weight=rows.weight, axis_name=axis_name), (rows.extras or {}).get("desirable")
-    return BatchMeans(mean(completion_lengths(rows)), None if labels is None else mean(labels))
 
 
 def dpo_objective(

@@ -71,9 +71,8 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     >>> jax.jit(partial(sequence_logps, model))(variables, texts).shape
     (2,)
     """
-    return _slot_sums(hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, chunk=chunk), rows).reshape(
-        -1
-    )
+    logps = hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, chunk=chunk)
+    return _slot_sums(logps, rows).reshape(-1)
 
 
 def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:

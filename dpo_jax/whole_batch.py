@@ -1,4 +1,4 @@
-"""Losses that depend on the whole batch (KTO, AOT), with the batch split into microbatches or over pmap devices.
+"""Numbers of the whole batch, and losses that depend on it (KTO, AOT), with it split into microbatches or over pmap devices.
 
 The gradient of such a loss is the sum over examples of dL/d(log-probability) times the gradient of that log-probability. A
 first pass, forward only, computes the log-probabilities of all parts. They give the loss of the whole batch, and its slopes
@@ -8,12 +8,14 @@ caching (Gao et al. 2021, arXiv 2101.06983): exact, for the price of one more fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.logps import completion_lengths
 from dpo_jax.losses import PreferenceLoss
 from dpo_jax.microbatches import join, split
 from dpo_jax.types import Array, Rows
@@ -54,6 +56,22 @@ def _of_all(x: jax.Array, axis_name: str | None) -> jax.Array:
 def _of_this(x: jax.Array, count: int, axis_name: str | None) -> jax.Array:
     """This device's `count` entries."""
     return x if axis_name is None else jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis_name) * count, count)
+
+
+class BatchMeans(NamedTuple):
+    """Means over the examples of the global batch, without fillers."""
+
+    lengths: jax.Array  # float32[K]  scored tokens of each completion
+    desirable: jax.Array | None  # float32[]  labels of single completions
+
+
+def batch_means(rows: Rows, axis_name: str | None = None) -> BatchMeans:
+    """Means that metrics and some losses need of the whole batch. `axis_name` is that of `train_step`."""
+    mean, labels = (
+        functools.partial(mean_of_examples, weight=rows.weight, axis_name=axis_name),
+        (rows.extras or {}).get("desirable"),
+    )
+    return BatchMeans(mean(completion_lengths(rows)), None if labels is None else mean(labels))
 
 
 def mean_of_examples(values: Array, weight: Array, axis_name: str | None) -> jax.Array:

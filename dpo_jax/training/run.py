@@ -7,7 +7,6 @@ import datetime
 import functools
 import importlib.metadata
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -16,13 +15,14 @@ import jax
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_meta
-from dpo_jax.runtime.fit import NonFinite, fit
-from dpo_jax.runtime.metrics import MetricsLog, Writer, is_evaluation, read_metrics
+from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.metrics import MetricsLog, Writer
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
+from dpo_jax.training.evaluation import Evaluate, evaluate_last, evaluates_first, finite, is_other_data
 from dpo_jax.training.fingerprint import (
     SavedRun,
     check_data,
@@ -38,9 +38,6 @@ from dpo_jax.training.moving import Moving
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, Variables
 from dpo_jax.writing import appending
-
-Evaluate = Callable[[Any, int], Mapping[str, Any]]
-"""(state, steps taken) -> metrics."""
 
 
 @runtime_checkable
@@ -157,16 +154,16 @@ def train(
         begin()
         if moving is not None and start < total_steps:
             state = _at_its_reference(state, start, moving, store, partitioner)
-        checked = None if evaluate is None else functools.partial(_finite, evaluate)
+        checked = None if evaluate is None else functools.partial(finite, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
-        first = checked is not None and _evaluates_first(
+        first = checked is not None and evaluates_first(
             start,
             total_steps,
             every=eval_every,
             at_start=eval_at_start,
             stopping=stopping,
             log=log,
-            other_data=_is_other_data(saved, meta["data"], total_steps),
+            other_data=is_other_data(saved, meta["data"], total_steps),
         )
         state = fit(
             step,
@@ -195,7 +192,7 @@ def train(
         if stopping is not None:
             state = _best(state, store, partitioner, stopping, say)
         elif checked is not None:
-            _evaluate_last(checked, state, total_steps, log=log)
+            evaluate_last(checked, state, total_steps, log=log)
     return state
 
 
@@ -219,35 +216,6 @@ def steps_of(state: Any, partitioner: Partitioner) -> int:
     return int(step)
 
 
-def _evaluates_first(
-    start: int,
-    total_steps: int,
-    *,
-    every: int,
-    at_start: bool,
-    stopping: EarlyStopping | None,
-    log: MetricsLog | None,
-    other_data: bool,
-) -> bool:
-    """Whether the state that training begins or continues with, after `start` steps, is evaluated. All hosts must call it.
-
-    An evaluation may be missing because a signal came before it. `other_data`: a finished run has other held-out data than it
-    was evaluated on.
-    """
-    if start == 0:
-        return at_start and total_steps > 0
-    if stopping is not None:
-        return _is_due(start, every, total_steps) and stopping.last < start
-    if start == total_steps:
-        return other_data
-    return _is_due(start, every, total_steps) and not _is_evaluated(log, start)
-
-
-def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
-    """Whether the state after `done` steps is to be evaluated. A signal takes precedence and saves without evaluation."""
-    return done > 0 and (done == total_steps or (eval_every > 0 and done % eval_every == 0))
-
-
 def _best(state: Any, store: Checkpoints, partitioner: Partitioner, stopping: EarlyStopping, say: Callable[[str], None]) -> Any:
     """The state with the best evaluation, on the devices, in place of the last one."""
     done, best = steps_of(state, partitioner), stopping.best
@@ -262,38 +230,6 @@ def _best(state: Any, store: Checkpoints, partitioner: Partitioner, stopping: Ea
         raise CheckpointDamaged(f"the checkpoint of the best step is gone; another run would start over: {error}") from error
     assert found is not None
     return _in_place_of(state, found[0], partitioner)
-
-
-def _finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
-    """Evaluation that raises `NonFinite`. A step's loss is for the weights before its update, so only this checks the last
-    update."""
-    metrics = evaluate(state, done)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NonFinite(
-                f"held-out {name} is {value} after {done} steps; the last good checkpoint is kept", step=done, uids=[]
-            )
-    return metrics
-
-
-def _is_other_data(saved: SavedRun | None, data: Mapping[str, Any], total_steps: int) -> bool:
-    return other_held_out(saved, data) and saved is not None and saved.step == total_steps
-
-
-def _is_evaluated(log: MetricsLog | None, done: int) -> bool:
-    """Whether the log, held by the first host, has an evaluation after `done` steps. All hosts must call it."""
-    found = log is not None and any(is_evaluation(row) and row["step"] == done for row in read_metrics(log.path))
-    return hosts.anywhere(found)
-
-
-def _evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None) -> None:
-    """Evaluates the final state if the log has no such row yet: a signal during the last step saves it without."""
-    if _is_evaluated(log, done):
-        return
-    with reported("evaluating", brief=True):
-        metrics = evaluate(state, done)
-    if log is not None:
-        log.write({"step": done} | {f"eval/{name}": value for name, value in metrics.items()})
 
 
 def _resume(
