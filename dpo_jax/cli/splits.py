@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_jax.cli.config import GENERATED, Config, ConfigError
-from dpo_jax.cli.data_sources import load_files
+from dpo_jax.cli.data_sources import check_hub_splits, load_files
 from dpo_jax.cli.preflight.inputs import NO_IMAGES, refuse_texts
 from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
 from dpo_jax.data.encode import token_ids, with_bos
@@ -70,6 +70,15 @@ def load_split(
     if data.rendered:
         found = PreferenceSet((dataclasses.replace(one, chat=True) for one in found), found.report)
     return found
+
+
+def load_splits(
+    config: Config, tokenizer: Any = None, *, rows: Wanted = "pairs", images: bool = False
+) -> tuple[PreferenceSet, PreferenceSet]:
+    """`load_split` of the train and the held-out split. If a Hub data set lacks one of them, nothing is downloaded."""
+    check_hub_splits(config)
+    train, test = (load_split(config, split, tokenizer, rows=rows, images=images) for split in ("train", "test"))
+    return train, test
 
 
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:

@@ -35,9 +35,7 @@ def run(config: Config) -> int:
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
         part = trained(config, training, model, path)
         partitioner = part.partitioner(config, head=True)
-        pairs, test = (
-            splits.encode_split(config, splits.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
-        )
+        pairs, test = (splits.encode_split(config, loaded, tokenizer) for loaded in splits.load_splits(config, tokenizer))
         check_repeats(config, pairs, test)
         start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
