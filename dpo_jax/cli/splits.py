@@ -135,6 +135,26 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     return encoded
 
 
+_BY_LIMITS = (Cause.OVER_LIMIT, Cause.OTHER_SPLIT, Cause.WEIGHT)  # rows left out as the configuration asks
+
+
+def losses_of_rows(config: Config, report: DataReport) -> str | None:
+    """A line on texts truncated and rows dropped in a split, with the options that decide; None if there are none."""
+    data, parts = config.data, []
+    if report.truncated:
+        named = {"prompt": "prompts", "text": "texts"}
+        cut = ", ".join(f"{count:,} {named.get(part, part)}" for part, count in report.truncated.items())
+        limits = f"data.max_length {data.max_length}"
+        if "prompt" in report.truncated or data.truncation != "completions":
+            limits += f", data.max_prompt_length {data.max_prompt_length}; data.truncation: completions keeps prompts whole"
+        parts.append(f"{cut} truncated ({limits})")
+    dropped = {cause: count for cause, count in report.dropped.items() if cause not in _BY_LIMITS}
+    if dropped:
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in sorted(dropped.items()))
+        parts.append(f"{sum(dropped.values()):,} rows dropped ({causes})")
+    return f"{report.split} split, {report.kept:,} kept: {'; '.join(parts)}" if parts else None
+
+
 @contextmanager
 def _hint_of_rendered_texts(config: Config) -> Iterator[None]:
     """A context that names `data.rendered` where texts are refused for their end-of-text tokens."""

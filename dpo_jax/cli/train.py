@@ -22,12 +22,14 @@ from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.images import Vision
 from dpo_jax.cli.preflight.devices import empty_rows
 from dpo_jax.cli.preflight.packages import check_bucket
+from dpo_jax.cli.splits import losses_of_rows
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.encode import image_bytes
 from dpo_jax.data.layout import Example, Layout, images_of, places_of
 from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
+from dpo_jax.data.terminal import printable
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import has_steps
 from dpo_jax.runtime.mesh import mesh_sizes
@@ -200,6 +202,8 @@ def train(
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )
+    for line in filter(None, (losses_of_rows(config, report) for report in data.reports)):
+        print(f"note: {printable(line)}", flush=True)
     _note_long_warmup(section, plan.steps, lr)
     if warning := empty_rows(section, partitioner.row_shards):
         print(f"note: {run.path.name}.{warning}", flush=True)
