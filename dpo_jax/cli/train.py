@@ -315,8 +315,9 @@ def _note_full_disk(config: Config, run: RunDir, state: TrainState) -> None:
 
 
 def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
-    """Additional metrics writers of the configuration. `facts`: settings of the run to pass to them."""
-    section, options = config.run, {"directory": run.path, "config": facts}
+    """Additional metrics writers of the configuration, which get its sections and `facts`, the fingerprint of the run."""
+    section, shown = config.run, {**identity.settings_shown(config, run.path.name), **facts}
+    options = {"directory": run.path, "config": shown}
     places: dict[str, Callable[[], Place]] = {}
     if section.tensorboard:
         places["TensorBoard"] = lambda: TensorBoard(run.path / "tensorboard")

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_jax.extras import install_command
-from dpo_jax.runtime.metrics import Row, is_evaluation
+from dpo_jax.runtime.fit import Interrupted, Preempted
+from dpo_jax.runtime.metrics import Row, is_evaluation, tell_failure
 from dpo_jax.shapes import fit
 from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
 from dpo_jax.writing import naming, write_text
@@ -35,7 +36,10 @@ def _key(row: Row) -> tuple[int, bool]:
 
 
 class Place(Protocol):
-    """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise."""
+    """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise.
+
+    A place may also have `failed(error)`, which is called before `close` if the run ends with an error.
+    """
 
     def open(self, step: int) -> None: ...
     def write(self, row: Row) -> None: ...
@@ -56,6 +60,7 @@ class Delivery:
         self._step, self._wait, self._failed = 0, 0, False
         self._last = _NOTHING  # the key of the last row sent
         self._queue: collections.deque[Row] = collections.deque()
+        self._ended_by: BaseException | None = None
 
     def resume(self, step: int, rows: Sequence[Row]) -> None:
         """`rows`: all rows of the log after `step` steps. Called before the first `write`."""
@@ -72,11 +77,16 @@ class Delivery:
             self._queue.append(row)
         self._deliver()
 
+    def failed(self, error: BaseException) -> None:
+        self._ended_by = error
+
     def close(self) -> None:
         self._wait = 0
         self._deliver()
         try:
             if self._place is not None:
+                if self._ended_by is not None:
+                    tell_failure(self._place, self._ended_by)
                 self._place.close()
         except Exception as error:
             self._fail(error)
@@ -143,6 +153,9 @@ class AsTrl:
     def write(self, row: Row) -> None:
         self._place.write(named_as_trl(row))
 
+    def failed(self, error: BaseException) -> None:
+        tell_failure(self._place, error)
+
     def close(self) -> None:
         self._place.close()
 
@@ -195,6 +208,7 @@ class _RunElsewhere:
     """A run of a package that logs the numbers of one step at a time. `open` of a subclass starts or resumes it."""
 
     _run: Any = None
+    _ending: Mapping[str, Any] = {}  # arguments of `finish`
 
     def __init__(self, init: Callable[..., Any], project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
         self._init, self._project, self._directory, self._config = init, project, Path(directory), config
@@ -205,7 +219,7 @@ class _RunElsewhere:
 
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(**self._ending)
 
 
 class Wandb(_RunElsewhere):
@@ -227,7 +241,15 @@ class Wandb(_RunElsewhere):
         identity = _identity(self._directory / "wandb_run_id", step)
         config, name = dict(self._config or {}), os.environ.get("WANDB_NAME") or _name(self._directory)
         options = {"project": self._project, "dir": str(self._directory), "config": config, "id": identity, "name": name}
-        self._run = self._init(**options, resume="allow")
+        # A continued run may have other options that do not change its result, such as the devices.
+        self._run = self._init(**options, resume="allow", allow_val_change=True)
+
+    def failed(self, error: BaseException) -> None:
+        """The page shows the run as failed, as preempted after SIGTERM, or as killed after Ctrl-C (wandb's exit code 255)."""
+        by_hand = isinstance(error, KeyboardInterrupt | Interrupted)
+        self._ending = {"exit_code": 255 if by_hand else 1}
+        if isinstance(error, Preempted) and not by_hand and self._run is not None:
+            self._run.mark_preempting()
 
     def use_axis(self, name: str) -> None:
         """Makes the metric `name`, which every row must have, the horizontal axis of all charts."""
