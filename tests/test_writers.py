@@ -212,6 +212,57 @@ def test_a_continued_run_has_its_own_page_again(tmp_path, monkeypatch):
         assert {options["resume"] for options in opened} == {"allow"}
 
 
+class Tables:
+    """A stand-in for wandb and Trackio that keeps what is logged."""
+
+    def __init__(self, broken=False):
+        self.logged, self.broken = [], broken
+
+    def init(self, **options):
+        return types.SimpleNamespace(
+            log=lambda row, step: self.logged.append((step, row)), finish=lambda: None, define_metric=lambda *a, **b: None
+        )
+
+    def Table(self, columns, data):
+        if self.broken:
+            raise ConnectionError("no upload")
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+
+@pytest.mark.parametrize("names", ["own", "trl"])
+def test_the_samples_of_an_evaluation_are_sent_once_as_texts(tmp_path, monkeypatch, caplog, names):
+    packages = {"wandb": Tables(), "trackio": Tables(broken=True)}
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    config = Config(run=RunConfig(wandb="p", trackio="p", metric_names=names))
+    run = types.SimpleNamespace(path=tmp_path / "dpo")
+    (run.path / "samples").mkdir(parents=True)
+    sample = {"prompt": "Hi\u2028", "completion": "there.", "finished": True}
+    (run.path / "samples" / "step-00000002.jsonl").write_text(json.dumps({**sample, "turns": []}) + "\n")
+    rows = [training(0), training(1), {**judged(2), "eval/samples/tokens": 3.0}]
+    for begin, written in ((0, rows), (2, [training(2)])):
+        with MetricsLog(run.path / "metrics.jsonl", writers=train.metrics_writers(config, run, {})) as log:
+            log.resume(begin)
+            for row in written:
+                log.write(row)
+    tables = [(step, row["samples"]) for step, row in packages["wandb"].logged if "samples" in row]
+    assert tables == [(2, [sample])]
+    assert [step for step, row in packages["trackio"].logged] == [0, 1, 2, 2]  # all rows, without the texts
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith("Trackio: the samples in ")
+    assert warning.endswith("were not sent: ConnectionError: no upload")
+
+
+def test_tensorboard_shows_samples_as_they_are(monkeypatch, tmp_path):
+    shown = []
+    writer = types.SimpleNamespace(add_text=lambda *what: shown.append(what), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda *a, **b: writer))
+    place = TensorBoard(tmp_path)
+    place.open(0)
+    place.texts(4, [{"prompt": "# Hi\n\nall", "completion": "*there*", "finished": True}])
+    assert shown == [("samples", "**prompt**\n\n    # Hi\n    \n    all\n\n**completion**\n\n    *there*", 4)]
+
+
 ENDS = {
     "finish {}": None,
     "finish {'exit_code': 1}": ValueError("broken"),

@@ -329,7 +329,9 @@ def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> li
         places = {name: lambda make=make: AsTrl(make()) for name, make in places.items()}
     folder = run.path / "writers"
     return [
-        Delivery(name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard")
+        Delivery(
+            name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard", samples=run.path / "samples"
+        )
         for name, make in places.items()
     ]
 

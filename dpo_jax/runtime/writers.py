@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,11 +21,13 @@ from dpo_jax.extras import install_command
 from dpo_jax.runtime.fit import Interrupted, Preempted
 from dpo_jax.runtime.metrics import Row, is_evaluation, tell_failure
 from dpo_jax.shapes import fit
-from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
+from dpo_jax.untrusted import Unreadable, parse_object, read_object, read_text, regular
 from dpo_jax.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
 RETRY = 100  # rows until a failed destination is tried again
+SAMPLED = "eval/samples/tokens"  # a metric of evaluations with completions
+_SHOWN = ("prompt", "completion", "finished")  # of a completion
 
 
 _NOTHING = (-1, True)  # comes before each row
@@ -38,7 +41,8 @@ def _key(row: Row) -> tuple[int, bool]:
 class Place(Protocol):
     """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise.
 
-    A place may also have `failed(error)`, which is called before `close` if the run ends with an error.
+    A place may also have `failed(error)`, which is called before `close` if the run ends with an error, and
+    `texts(step, samples)` for the completions of an evaluation.
     """
 
     def open(self, step: int) -> None: ...
@@ -51,11 +55,14 @@ class Delivery:
 
     `record` is the file that stores the last row sent. A resumed run therefore sends no row twice, and sends missing rows
     (after a kill or a failure, or if the destination was added later). A destination that `forgets` drops its rows from `step`
-    on when opened there, and gets them again.
+    on when opened there, and gets them again. `samples` is the folder of the completions of evaluations, which are sent once,
+    with the row of their evaluation, and not again if that fails.
     """
 
-    def __init__(self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False) -> None:
-        self._name, self._make, self._record, self._forgets = name, make, record, forgets
+    def __init__(
+        self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False, samples: Path | None = None
+    ) -> None:
+        self._name, self._make, self._record, self._forgets, self._samples = name, make, record, forgets, samples
         self._place: Place | None = None
         self._step, self._wait, self._failed = 0, 0, False
         self._last = _NOTHING  # the key of the last row sent
@@ -101,13 +108,24 @@ class Delivery:
                 place.open(self._step)
                 self._place = place
             while self._queue:
-                self._place.write(self._queue[0])
+                self._place.write(row := self._queue[0])
                 self._last = _key(self._queue.popleft())
                 self._record.parent.mkdir(exist_ok=True)
                 with naming(self._record):  # once per row: it need not survive a machine crash
                     self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
+                self._send_texts(row)
         except Exception as error:
             self._fail(error)
+
+    def _send_texts(self, row: Row) -> None:
+        texts = getattr(self._place, "texts", None)
+        if texts is None or self._samples is None or SAMPLED not in row:
+            return
+        file = self._samples / f"step-{row['step']:08}.jsonl"
+        try:
+            texts(int(row["step"]), [parse_object(line, str(file)) for line in read_text(regular(file)).split("\n") if line])
+        except Exception as error:
+            logger.warning("%s: the samples in %s were not sent: %s: %s", self._name, file, type(error).__name__, error)
 
     def _recorded(self, rows: Sequence[Row]) -> tuple[int, bool]:
         try:
@@ -156,6 +174,10 @@ class AsTrl:
     def failed(self, error: BaseException) -> None:
         tell_failure(self._place, error)
 
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        if (texts := getattr(self._place, "texts", None)) is not None:
+            texts(step, samples)
+
     def close(self) -> None:
         self._place.close()
 
@@ -199,6 +221,14 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, int(row["step"]))
         self._writer.flush()
 
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        assert self._writer is not None, "open() comes first"
+        parts = ((name, str(sample[name])) for sample in samples for name in _SHOWN[:2])
+        # Indented: Markdown shows a text as it is.
+        shown = (f"**{name}**\n\n{textwrap.indent(text, '    ', lambda line: True)}" for name, text in parts)
+        self._writer.add_text("samples", "\n\n".join(shown), step)
+        self._writer.flush()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -210,12 +240,16 @@ class _RunElsewhere:
     _run: Any = None
     _ending: Mapping[str, Any] = {}  # arguments of `finish`
 
-    def __init__(self, init: Callable[..., Any], project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
-        self._init, self._project, self._directory, self._config = init, project, Path(directory), config
+    def __init__(self, package: Any, project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
+        self._package, self._project, self._directory, self._config = package, project, Path(directory), config
 
     def write(self, row: Row) -> None:
         assert self._run is not None, "open() comes first"
         self._run.log(_values(row), step=int(row["step"]))
+
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        table = self._package.Table(columns=list(_SHOWN), data=[[sample[name] for name in _SHOWN] for sample in samples])
+        self._run.log({"samples": table}, step=step)
 
     def close(self) -> None:
         if self._run is not None:
@@ -235,14 +269,14 @@ class Wandb(_RunElsewhere):
             import wandb  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Weights & Biases", "wandb", error) from error
-        super().__init__(wandb.init, project, directory, config)
+        super().__init__(wandb, project, directory, config)
 
     def open(self, step: int) -> None:
         identity = _identity(self._directory / "wandb_run_id", step)
         config, name = dict(self._config or {}), os.environ.get("WANDB_NAME") or _name(self._directory)
         options = {"project": self._project, "dir": str(self._directory), "config": config, "id": identity, "name": name}
         # A continued run may have other options that do not change its result, such as the devices.
-        self._run = self._init(**options, resume="allow", allow_val_change=True)
+        self._run = self._package.init(**options, resume="allow", allow_val_change=True)
 
     def failed(self, error: BaseException) -> None:
         """The page shows the run as failed, as preempted after SIGTERM, or as killed after Ctrl-C (wandb's exit code 255)."""
@@ -268,12 +302,12 @@ class Trackio(_RunElsewhere):
             import trackio  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Trackio", "trackio", error) from error
-        super().__init__(trackio.init, project, directory, config)
+        super().__init__(trackio, project, directory, config)
 
     def open(self, step: int) -> None:
         name = _identity(self._directory / "trackio_run_name", step, before=f"{_name(self._directory)}-")
         config = json.loads(json.dumps(dict(self._config or {}), default=str))
-        self._run = self._init(project=self._project, name=name, config=config, resume="allow", embed=False)
+        self._run = self._package.init(project=self._project, name=name, config=config, resume="allow", embed=False)
 
 
 def _values(row: Row) -> dict[str, float]:
