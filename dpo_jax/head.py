@@ -16,7 +16,7 @@ from dpo_jax.types import CONTEXT_AXIS, ROW_AXES, Array, Model, Variables
 CHUNK = 1024  # least number of scored tokens per device and pass through the head; see `token_logps`
 
 Read = Callable[[jax.Array, jax.Array], jax.Array]
-"""(logits float32[..., V], target int32[...]) -> float32[...]: one number for each scored token."""
+"""(logits float32[..., V], target int32[...]) -> float32[...] or [..., N]: one number for each scored token, or N."""
 
 
 def log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
@@ -28,6 +28,13 @@ def aligned_log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
     """log pi(target) - log sum_v pi(v)^2: relative to the expected probability of a sampled token (WPO, Zhou et al. 2024)."""
     own = jax.nn.logsumexp(2 * logits, axis=-1) - 2 * jax.nn.logsumexp(logits, axis=-1)
     return log_probability(logits, target) - own
+
+
+def log_probability_and_hit(logits: jax.Array, target: jax.Array) -> jax.Array:
+    """[..., 2]: log pi of the token `target`, and 1 if no token is more likely, else 0. The maximum is that of log-sum-exp."""
+    own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+    hit = jax.lax.stop_gradient(own >= logits.max(axis=-1)).astype(logits.dtype)
+    return jnp.stack([log_probability(logits, target), hit], axis=-1)
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -46,7 +53,7 @@ def token_logps(
 ) -> jax.Array:
     """log-probability of `target[R, S]` given `hidden[R, S, D]`: float32[R, S]. Meaningless where `used[R, S]` is false.
 
-    `read` may compute another number from the logits.
+    `read` may compute another number from the logits, or N of them: float32[R, S, N].
 
     The head runs over at most `chunk` positions of each device at a time. Used positions come first, and on one device a chunk
     without any is skipped. The default is `CHUNK`, or D if that is larger: each pass reads the head's weights and adds to their
@@ -92,9 +99,12 @@ def token_logps(
         # A chunk is rarely unused on all devices, and with a condition the head's gradient would be reduced chunk by chunk.
         score_chunk = lambda hidden, target, _: jax.checkpoint(score)(hidden, target)  # noqa: E731
     logps = jnp.moveaxis(jax.lax.map(lambda chunk: score_chunk(*chunk), chunks), 0, 1)
-    logps = logps.reshape(parts, count * size)[:, :each]
-    logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1)
-    return logps.reshape(of_rows, of_scored, rows // of_rows, scored // of_scored).swapaxes(1, 2).reshape(rows, scored)
+    several = logps.shape[3:]  # () or (N,)
+    logps = logps.reshape(parts, count * size, *several)[:, :each]
+    back = jnp.argsort(order, axis=1).reshape(parts, each, *(1 for _ in several))
+    logps = jnp.take_along_axis(logps, back, axis=1)
+    logps = logps.reshape(of_rows, of_scored, rows // of_rows, scored // of_scored, *several)
+    return logps.swapaxes(1, 2).reshape(rows, scored, *several)
 
 
 def head_chunk(width: int) -> int:

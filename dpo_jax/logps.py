@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.head import Read, log_probability, token_logps
+from dpo_jax.head import Read, log_probability, log_probability_and_hit, token_logps
 from dpo_jax.models.context import hidden_at
 from dpo_jax.types import Array, Model, Rows, Variables
 
@@ -73,6 +73,16 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
     """
     logps = hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, chunk=chunk)
     return _slot_sums(logps, rows).reshape(-1)
+
+
+def sequence_logps_and_hits(model: Model, variables: Variables, rows: Rows) -> tuple[jax.Array, jax.Array]:
+    """`sequence_logps`, and the number of tokens of every slot than which none is more likely: float32[R * slots] each.
+
+    Both come from one pass through the head.
+    """
+    both = hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, read=log_probability_and_hit)
+    logps, hits = (_slot_sums(both[..., number], rows).reshape(-1) for number in range(2))
+    return logps, hits
 
 
 def scored_hidden(model: Model, variables: Variables, rows: Rows) -> jax.Array:

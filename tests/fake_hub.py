@@ -18,6 +18,7 @@ class FakeHub:
     def __init__(self):
         self.datasets, self.refusals, self.asked = {}, {}, []
         self.repos, self.commits = {}, []  # pushed: id -> what was asked for it; (id, message, {path: bytes})
+        self.models = {}  # the files of pushed repositories: id -> {path: bytes}
 
     def add(self, name, files, *, revision="main"):
         self.datasets.setdefault(name, {})[revision] = files
@@ -74,8 +75,7 @@ class FakeHub:
         if files is None:
             return self._send(request, 404, b"{}", {"X-Error-Code": code})
         if kind == "tree":
-            entries = [{"type": "file", "path": name, "size": len(data), "oid": digest(data)} for name, data in files.items()]
-            return self._send(request, 200, json.dumps(entries).encode())
+            return self._send(request, 200, _tree(files))
         siblings = [{"rfilename": path, "size": len(data)} for path, data in files.items()]
         return self._send(request, 200, json.dumps({"id": name, "sha": commit_of(files), "siblings": siblings}).encode())
 
@@ -106,10 +106,17 @@ class FakeHub:
                 line["value"]["path"]: base64.b64decode(line["value"]["content"]) for line in lines if line["key"] == "file"
             }
             self.commits.append((name, lines[0]["value"]["summary"], files))
+            model = self.models.setdefault(name, {})
+            for line in lines:
+                if line["key"] == "deletedFile":
+                    del model[line["value"]["path"]]
+            model.update(files)
             done = {"commitUrl": f"{self.url}/{name}/commit/{commit_of(files)}", "commitOid": commit_of(files)}
             return self._send(request, 200, json.dumps(done).encode())
         if request.command == "GET" and name not in self.repos:
             return self._send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if "/tree/" in path:
+            return self._send(request, 200, _tree(self.models.get(name, {})))
         return self._send(request, 200, json.dumps({"id": name}).encode())
 
     def _send(self, request, status, body, headers=None):
@@ -120,6 +127,11 @@ class FakeHub:
             request.end_headers()
             if request.command != "HEAD":
                 request.wfile.write(body)
+
+
+def _tree(files):
+    entries = [{"type": "file", "path": name, "size": len(data), "oid": digest(data)} for name, data in files.items()]
+    return json.dumps(entries).encode()
 
 
 def digest(data):

@@ -13,7 +13,7 @@ from tiny_run import call, refused
 
 from dpo_jax.cli import splits
 from dpo_jax.cli.commands.audit import longer_wins
-from dpo_jax.cli.config import load_config
+from dpo_jax.cli.config import Config, DataConfig, load_config
 from dpo_jax.cli.experiment import prompts_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.data.encode import Encoded
@@ -250,6 +250,29 @@ def test_the_audit_is_one_page_of_what_to_look_into(config):
     assert [example[name]["scored"] for name in ("prompt", "chosen", "rejected")] == [False, True, True]
     assert example["chosen"]["ids"][-1] == 0
     assert "\\x1b" in "".join(example["prompt"]["tokens"])
+
+
+def test_truncation_is_told_by_the_audit_and_by_training(config, tmp_path):
+    short = ("--run.dir", tmp_path, "--data.max-prompt-length", 20, "--data.max-length", 25)
+    page = " ".join(call("audit", config, *short, "--data.on-bad", "drop").out.split())
+    assert "52 of 52 train prompts lost their beginning, cut to 20 tokens; 1 of 3 test prompts" in page
+    start = ("--dpo.steps", 1, "--dpo.batch", 4, "--data.max-contradictions", 1, "--data.max-overlap", 1)
+    out = call("dpo", config, *short, *start, "--data.max-prompt-length", 18).out
+    limits = "data.max_length 25, data.max_prompt_length 18; data.truncation: completions keeps prompts whole"
+    assert f"note: train split, 52 kept: 52 prompts, 50 chosen, 2 rejected truncated ({limits})" in out
+    assert "note: test split, 3 kept: " in out
+    assert "truncated" not in call("dpo", config, "--run.dir", tmp_path / "whole", *start).out
+
+
+def test_lines_on_rows_that_are_lost():
+    report = DataReport(split="train", kept=7, dropped={"over_limit": 2, "too_deep": 1, "identical_after_truncation": 4})
+    dropped = "5 rows dropped (identical_after_truncation 4, too_deep 1)"
+    assert splits.losses_of_rows(Config(), report) == f"train split, 7 kept: {dropped}"
+    report.truncated = {"chosen": 2}
+    whole = Config(data=DataConfig(truncation="completions"))
+    assert splits.losses_of_rows(whole, report) == f"train split, 7 kept: 2 chosen truncated (data.max_length 512); {dropped}"
+    report.truncated, report.dropped = {}, {"over_limit": 2}
+    assert splits.losses_of_rows(Config(), report) is None
 
 
 def test_the_report_page_shows_the_audit(config, tmp_path):

@@ -183,12 +183,12 @@ def test_a_call_is_given_to_the_template_in_the_form_that_it_writes(template, fo
 
 
 def test_files_of_both_kinds_give_the_same(chatty, tmp_path):
-    """Parquet gives every tool and every call the keys of all; its rows have the columns of all."""
+    """Arrow gives every tool and every call the keys of all, and its rows the columns of all; `datasets` exports the nulls."""
     add = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     other = {
         "prompt": [
             user("Add."),
-            said(None, tool_calls=[add]),
+            said(None, tool_calls=[add, call("Rome")]),
             {"role": "tool", "name": "add", "content": "2"},
             user("Thanks."),
         ],
@@ -198,14 +198,19 @@ def test_files_of_both_kinds_give_the_same(chatty, tmp_path):
         "chat_template_kwargs": {"shout": True},
     }
     rows = [other, *(ROWS[name][0] for name in ("tools", "calls and answers of tools", "numbers of turns differ"))]
+    table = pa.Table.from_pylist(rows)
+    exported = table.to_pylist()
+    assert '{"a": 1, "city": null}' in json.dumps(exported)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
-    loaded, again = (
-        load_preferences(tmp_path / f"train.{kind}", "train", tokenizer=chatty["chatml"]) for kind in ("jsonl", "parquet")
+    (tmp_path / "exported.jsonl").write_text("".join(json.dumps(row) + "\n" for row in exported))
+    pq.write_table(table, tmp_path / "train.parquet")
+    loaded, again, nulls = (
+        load_preferences(tmp_path / file, "train", tokenizer=chatty["chatml"])
+        for file in ("train.jsonl", "train.parquet", "exported.jsonl")
     )
     assert len(loaded) == 4
-    for one, two in zip(loaded, again, strict=True):
-        assert one == dataclasses.replace(two, uid=one.uid)
+    for one, *others in zip(loaded, again, nulls, strict=True):
+        assert [dataclasses.replace(other, uid=one.uid) for other in others] == [one, one]
     assert "null" not in "".join(pair.prompt + pair.chosen for pair in loaded)
     for report in (loaded.report, again.report):
         assert "chat_template_kwargs: the chat template does not read 'shout' (1 of 4 pairs)" in report.notes

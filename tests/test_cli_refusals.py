@@ -34,6 +34,29 @@ def test_a_policy_that_is_missing_comes_with_a_hint(done, tmp_path):
     assert not (tmp_path / "dpo" / "checkpoints").exists()
 
 
+def test_export_after_sft_alone_writes_its_model_and_otherwise_names_the_checkpoints(done, tmp_path):
+    shutil.copytree(done / "sft", tmp_path / "sft")
+    result = call("export", done.config, "--run.dir", tmp_path, "--export.out", tmp_path / "out")
+    assert result.code == 0, result
+    assert f"the run has no folder {tmp_path}/dpo, so the model of sft is exported" in result.out
+    assert f"of {tmp_path}/sft as float32" in result.out
+    (tmp_path / "dpo").mkdir()
+    for flags in ((), ("--check",)):
+        message = refused(2, "export", done.config, "--run.dir", tmp_path, *flags)
+        choose = f"no run wrote checkpoints here; there are others: --export.checkpoint {tmp_path}/sft/checkpoints"
+        assert message.strip() == f"dpo-jax: export.checkpoint: {tmp_path}/dpo/checkpoints: {choose}"
+
+
+def test_checkpoints_of_a_reward_model_are_not_exported(done, tmp_path):
+    folder = tmp_path / "reward-model"
+    (folder / "checkpoints").mkdir(parents=True)
+    named = ("--run.dir", tmp_path, "--export.checkpoint", folder / "checkpoints")
+    assert "run `dpo-jax reward-model` to its end" in refused(2, "export", done.config, *named)
+    shutil.copytree(done / "sft" / "export", folder / "export")
+    message = refused(2, "export", done.config, *named).strip()
+    assert message.endswith(f"itself writes to {folder}/export; to upload it: hf upload ORGANIZATION/NAME {folder}/export")
+
+
 def test_the_model_itself_is_offered_as_the_policy(done, tmp_path):
     model = ("--model.path", done / "sft" / "export")
     message = refused(2, "dpo", done.config, *model, "--run.dir", tmp_path)

@@ -3,11 +3,13 @@
 import gc
 import hashlib
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fake_hub import FakeHub, online
+from safetensors.numpy import load_file
 from tiny_run import ROOT, STEPS, bytes_of, call, refused
 from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
@@ -224,6 +226,18 @@ def test_several_temperatures_and_the_best_of_several_in_one_file(done, tmp_path
     assert "sample.temperatures: must be numbers" in refused(2, "sample", done.config, "--sample.temperatures", "0,hot")
     policy = ("--sample.best-of", 2, "--sample.reward-model", done / "sft" / "export")
     assert "sample.reward_model: " in refused(2, "sample", done.config, *policy)
+
+
+def test_a_reward_model_has_the_wanted_type_and_its_own_length(done, tmp_path):
+    text = Path(done.config).read_text().replace("dpo: {batch: 16, epochs: 2", "dpo: {batch: 16, epochs: 2, patience: 3")
+    (tmp_path / "c.yaml").write_text(text)
+    flags = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export", "--export.dtype", "bfloat16")
+    result = call("reward-model", tmp_path / "c.yaml", *flags)
+    assert result.code == 0, result
+    unread = "note: dpo.epochs, dpo.patience: not read by reward-model, whose length is frontier.reward_model_epochs (1)"
+    assert unread in result.out
+    stored = load_file(tmp_path / "reward-model" / "export" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in stored.values()} == {"bfloat16"}
 
 
 def test_an_export_is_pushed_with_its_card(done, tmp_path, monkeypatch):

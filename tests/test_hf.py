@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import load_file, save_file
 from test_models import CASES, GEMMA3_4B, golden, logits_of, text_rows
 from transformers import AutoConfig
@@ -380,6 +381,19 @@ def test_files_that_are_not_what_they_should_be(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../one.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"names \.\./one\.safetensors"):
         load_hf(tmp_path)
+
+
+def test_a_model_is_fetched_without_the_formats_that_are_not_read(monkeypatch, tmp_path):
+    def snapshot(name, *, allow_patterns, ignore_patterns, **options):
+        files = ["config.json", "consolidated.safetensors", "consolidated-00001-of-00002.safetensors", "model.bin"]
+        files += ["model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"]
+        asked.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert resolve("org/mistral") == tmp_path
+    assert asked == ["config.json", "model-00001-of-00001.safetensors", "model.safetensors.index.json", "tokenizer.json"]
 
 
 def test_folders_that_are_not_there(tmp_path):

@@ -83,6 +83,21 @@ def test_what_arrives_is_counted(hub):
     assert sum(arrived) == found.bytes_of("train") == sum(len(data) for path, data in SHARDS.items() if "train" in path)
 
 
+def test_a_missing_held_out_split_is_told_before_the_train_split_is_downloaded(hub, tmp_path):
+    train_only = {path: data for path, data in SHARDS.items() if "test" not in path}
+    hub.add(NAME, train_only)
+    remedy = (
+        "choose with --data.train-split and --data.test-split, or hold out a part of the train split with --data.test-share"
+    )
+    with pytest.raises(ConfigError, match=f"^data.path: {NAME}: no file of split 'test'; it has train: {remedy} 0.05$"):
+        splits.load_splits(config_of(tmp_path))
+    with pytest.raises(ConfigError, match="no file of split 'wrong'"):
+        splits.load_splits(config_of(tmp_path, train_split="wrong"))
+    assert not any("resolve" in request for request in hub.asked)
+    train, test = splits.load_splits(config_of(tmp_path, test_share=0.5))
+    assert len(train) + len(test) == 3
+
+
 def test_a_local_folder_of_that_name_wins(hub, tmp_path):
     hub.add(NAME, SHARDS)
     (tmp_path / NAME).mkdir(parents=True)

@@ -34,6 +34,15 @@ def test_a_folder_is_one_commit_in_a_private_repository(hub, folder):
     assert hub.repos["org/open"]["visibility"] == "public"
 
 
+def test_the_weights_of_an_earlier_model_are_removed(hub, folder):
+    earlier = {f"model-0000{i}-of-00002.safetensors": b"old" for i in (1, 2)}
+    earlier |= dict.fromkeys(["model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors"], b"old")
+    others = {"model.safetensors": b"old", "notes.txt": b"mine", "onnx/model.safetensors": b"mine"}
+    hub.models[NAME] = {**earlier, **others}
+    push(folder, NAME, message="m")
+    assert hub.models[NAME] == {**others, **FILES}
+
+
 REFUSALS = {
     (401, ""): "the Hub rejects this token; log in with `hf auth login`, or set HF_TOKEN",
     (403, ""): "the token has no write permission there; use one that has, or another organization",

@@ -26,14 +26,14 @@ from dpo_jax.reward_model import completion_rewards, with_scalar_head
 SIZES = {"vocab_size": 520, "width": 32, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0, "pad_token_id": 7}
 
 
-def written(folder, family, *, pad=None, **sizes):
+def written(folder, family, *, pad=None, dtype=None, **sizes):
     """A reward model of random weights in `folder`, and a function of (prompt ids, completion ids) that scores as it does."""
     model = make_model(decoder_config(hf_config(family, **SIZES | sizes)))
     kernel = jax.random.normal(jax.random.key(1), (32,))
     variables = jax.device_get(
         {**jax.jit(model.init)(jax.random.key(0)), "head": {"kernel": kernel, "bias": jnp.float32(0.25)}}
     )
-    save_reward_model(folder, model, variables, pad_token_id=pad)
+    save_reward_model(folder, model, variables, pad_token_id=pad, dtype=dtype)
     compiled = jax.jit(functools.partial(completion_rewards, with_scalar_head(model)))
     return lambda texts: np.asarray(compiled(variables, completion_rows(texts, length=48)))
 
@@ -56,6 +56,14 @@ def test_what_is_written_scores_alike_when_read(family, tmp_path):
 
 
 KIND = "ForSequenceClassification"
+
+
+def test_a_reward_model_has_the_type_of_weights_that_is_asked_for(tmp_path):
+    written(tmp_path / "model", "llama", dtype=jnp.bfloat16)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in stored.values()} == {"bfloat16"}
+    assert "score.weight" in stored
+    assert load_config(tmp_path / "model")["dtype"] == "bfloat16"
 
 
 def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(tmp_path):

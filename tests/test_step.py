@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, causal_rows, examples_to_rows, plain_rows, ranking_rows
 from dpo_jax.dpo import dpo_step, preference_metrics
-from dpo_jax.head import CHUNK, head_chunk, token_logps
-from dpo_jax.logps import completion_lengths, completion_logps, sequence_logps
+from dpo_jax.head import CHUNK, head_chunk, log_probability, log_probability_and_hit, token_logps
+from dpo_jax.logps import completion_lengths, completion_logps, scored_hidden, sequence_logps
 from dpo_jax.losses import dpo_loss, ipo_loss, plackett_luce_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
@@ -300,6 +300,43 @@ def test_sft_step_learns_a_text(variables):
         losses.append(float(metrics["loss"]))
     assert float(metrics["tokens"]) == len(PAIRS[0].chosen)
     assert float(metrics["nll_per_token"]) < 0.1 < losses[0] / len(PAIRS[0].chosen)
+    assert float(metrics["mean_token_accuracy"]) == 1
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_token_accuracy_is_the_share_of_most_likely_tokens(variables, microbatches):
+    rows = Layout("plain", length=32, scored=16, rows_multiple=8).rows([(pair.prompt, pair.chosen) for pair in PAIRS])
+    logits = jax.jit(lambda v: MODEL.unembed(v, scored_hidden(MODEL, v, rows)))(variables)
+    best, scored = np.argmax(logits, axis=-1), rows.slot < rows.slots
+    target = np.where(np.arange(rows.target.size).reshape(rows.target.shape) % 2, best, rows.target)  # so that some are hit
+    hits = (target == best)[scored]
+    assert 0 < hits.sum() < len(hits)
+    step = functools.partial(sft_step, model=MODEL, tx=optax.sgd(1e-3), microbatches=microbatches)
+    _, metrics = jax.jit(step)(init_state(variables, optax.sgd(1e-3)), rows.replace(target=target.astype(np.int32)))
+    assert float(metrics["mean_token_accuracy"]) == pytest.approx(float(hits.mean()), rel=1e-6)
+
+
+def test_two_numbers_of_a_token_come_out_of_the_head_in_chunks(variables):
+    hidden = jax.random.normal(jax.random.key(1), (3, 16, 32))
+    target = jax.random.randint(jax.random.key(2), (3, 16), 0, 64)
+    used = np.arange(48).reshape(3, 16) % 5 > 1
+
+    def of(chunk, read):
+        def summed(hidden):
+            found = token_logps(MODEL, variables, hidden, target, used=used, chunk=chunk, read=read)
+            logps = found if found.ndim == 2 else found[..., 0]
+            return jnp.where(used, logps, 0).sum(), found
+
+        (_, found), gradient = jax.jit(jax.value_and_grad(summed, has_aux=True))(hidden)
+        return np.asarray(found)[used], np.asarray(gradient)
+
+    logps, gradient = of(None, log_probability)
+    for chunk in (None, 8):
+        both, its = of(chunk, log_probability_and_hit)
+        np.testing.assert_allclose(both[:, 0], logps, rtol=1e-5)
+        np.testing.assert_allclose(its, gradient, atol=1e-6)
+        best = np.argmax(MODEL.unembed(variables, hidden), axis=-1)
+        np.testing.assert_array_equal(both[:, 1], (best == target)[used])
 
 
 def test_losses_lead_to_different_updates(variables, tx, one_device):

@@ -3,6 +3,7 @@
 The tests at the end use the real packages, offline, where they are installed (the `writers` extra).
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -17,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from dpo_jax.cli import train
-from dpo_jax.cli.config import Config, ConfigError, RunConfig
+from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, ModelConfig, RunConfig
 from dpo_jax.cli.config.loading import check
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.runtime import writers
+from dpo_jax.runtime.fit import Interrupted, Preempted
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.writers import Delivery, TensorBoard, Trackio, Wandb
 
@@ -162,8 +164,8 @@ def test_metrics_may_have_the_names_of_trl(tmp_path, monkeypatch):
         ],
     }.items():
         config, shelf.rows = Config(run=RunConfig(tensorboard=True, metric_names=names)), []
-        run = types.SimpleNamespace(path=tmp_path / names)
-        run.path.mkdir()
+        run = types.SimpleNamespace(path=tmp_path / names / "dpo")
+        run.path.mkdir(parents=True)
         (writer,) = train.metrics_writers(config, run, {})
         writer.resume(0, [])
         writer.write({"step": 0, "loss": 0.6, "lr": 0.1})
@@ -208,6 +210,109 @@ def test_a_continued_run_has_its_own_page_again(tmp_path, monkeypatch):
         first, second, third = (options[key] for options in opened)
         assert first == second != third
         assert {options["resume"] for options in opened} == {"allow"}
+
+
+class Tables:
+    """A stand-in for wandb and Trackio that keeps what is logged."""
+
+    def __init__(self, broken=False):
+        self.logged, self.broken = [], broken
+
+    def init(self, **options):
+        return types.SimpleNamespace(
+            log=lambda row, step: self.logged.append((step, row)), finish=lambda: None, define_metric=lambda *a, **b: None
+        )
+
+    def Table(self, columns, data):
+        if self.broken:
+            raise ConnectionError("no upload")
+        return [dict(zip(columns, row, strict=True)) for row in data]
+
+
+@pytest.mark.parametrize("names", ["own", "trl"])
+def test_the_samples_of_an_evaluation_are_sent_once_as_texts(tmp_path, monkeypatch, caplog, names):
+    packages = {"wandb": Tables(), "trackio": Tables(broken=True)}
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
+    config = Config(run=RunConfig(wandb="p", trackio="p", metric_names=names))
+    run = types.SimpleNamespace(path=tmp_path / "dpo")
+    (run.path / "samples").mkdir(parents=True)
+    sample = {"prompt": "Hi\u2028", "completion": "there.", "finished": True}
+    (run.path / "samples" / "step-00000002.jsonl").write_text(json.dumps({**sample, "turns": []}) + "\n")
+    rows = [training(0), training(1), {**judged(2), "eval/samples/tokens": 3.0}]
+    for begin, written in ((0, rows), (2, [training(2)])):
+        with MetricsLog(run.path / "metrics.jsonl", writers=train.metrics_writers(config, run, {})) as log:
+            log.resume(begin)
+            for row in written:
+                log.write(row)
+    tables = [(step, row["samples"]) for step, row in packages["wandb"].logged if "samples" in row]
+    assert tables == [(2, [sample])]
+    assert [step for step, row in packages["trackio"].logged] == [0, 1, 2, 2]  # all rows, without the texts
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith("Trackio: the samples in ")
+    assert warning.endswith("were not sent: ConnectionError: no upload")
+
+
+def test_tensorboard_shows_samples_as_they_are(monkeypatch, tmp_path):
+    shown = []
+    writer = types.SimpleNamespace(add_text=lambda *what: shown.append(what), flush=lambda: None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=lambda *a, **b: writer))
+    place = TensorBoard(tmp_path)
+    place.open(0)
+    place.texts(4, [{"prompt": "# Hi\n\nall", "completion": "*there*", "finished": True}])
+    assert shown == [("samples", "**prompt**\n\n    # Hi\n    \n    all\n\n**completion**\n\n    *there*", 4)]
+
+
+ENDS = {
+    "finish {}": None,
+    "finish {'exit_code': 1}": ValueError("broken"),
+    "finish {'exit_code': 255}": Interrupted("SIGINT", step=1),
+    "preempting, finish {'exit_code': 1}": Preempted("SIGTERM", step=1),
+}
+
+
+@pytest.mark.parametrize("told", ENDS)
+@pytest.mark.parametrize("names", ["own", "trl"])
+def test_a_run_that_fails_is_not_shown_as_finished(tmp_path, monkeypatch, told, names):
+    def fake(kind):
+        return types.SimpleNamespace(
+            log=lambda row, step: None,
+            define_metric=lambda *names, **options: None,
+            mark_preempting=lambda: calls[kind].append("preempting"),
+            finish=lambda **options: calls[kind].append(f"finish {options}"),
+        )
+
+    calls = {"wandb": [], "trackio": []}
+    for kind in calls:
+        monkeypatch.setitem(sys.modules, kind, types.SimpleNamespace(init=lambda kind=kind, **options: fake(kind)))
+    config = Config(run=RunConfig(wandb="p", trackio="p", metric_names=names))
+    run = types.SimpleNamespace(path=tmp_path / "dpo")
+    run.path.mkdir()
+    with (
+        contextlib.suppress(ValueError, Preempted),
+        MetricsLog(tmp_path / "metrics.jsonl", writers=train.metrics_writers(config, run, {})) as log,
+    ):
+        log.resume(0)
+        log.write(training(0))
+        if ENDS[told] is not None:
+            raise ENDS[told]
+    assert calls == {"wandb": told.split(", "), "trackio": ["finish {}"]}
+
+
+def test_the_page_of_a_run_has_its_settings(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: opened.append(options)))
+    run = types.SimpleNamespace(path=tmp_path / "dpo")
+    run.path.mkdir()
+    data = DataConfig(mix=(MixConfig("org/name", 2.0),), max_length=300)
+    config = Config(run=RunConfig(wandb="p"), model=ModelConfig(path="org/model"), data=data)
+    (writer,) = train.metrics_writers(config, run, {"lr": 0.1, "data": "0f1e"})
+    writer.resume(0, [])
+    shown = json.loads(json.dumps(opened[0]["config"]))
+    assert (shown["model.path"], shown["data.max_length"], shown["dpo.beta"]) == ("org/model", 300, 0.1)
+    assert (shown["data.mix"][0]["path"], shown["lr"], shown["data"]) == ("org/name", 0.1, "0f1e")
+    assert not any(name.startswith(("sft.", "eval.")) for name in shown)
+    assert opened[0]["allow_val_change"]
 
 
 def test_runs_elsewhere_are_named_after_their_directory(tmp_path, monkeypatch):

@@ -133,7 +133,7 @@ COMMANDS = {
     ),
     "reward-model": Command(
         "learn a reward from preferences",
-        (*_run_without(*_LOGGED), "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL),
+        (*_run_without(*_LOGGED), "lora", "dpo.policy", "dpo.trainable", "dpo.param_dtype", *_REWARD_MODEL, "export.dtype"),
         ("data",),
     ),
     "ppo": Command(

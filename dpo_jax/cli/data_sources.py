@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +60,21 @@ def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wante
     if rows == "rankings":
         check_ranking_lengths(itertools.chain(*sets.values()), where="data.mix")
     return mix(sets, {name: part.weight if side == "train" else 1.0 for name, part in zip(names, data.parts(), strict=True)})
+
+
+def check_hub_splits(config: Config) -> None:
+    """Raises `ConfigError` if a Hub data set lacks the train or the held-out split. Downloads nothing."""
+    if config.data.source != "files":
+        return
+    cut = sources_to_cut(config)
+    for part, name in zip(config.data.parts(), names_of(config), strict=True):
+        if not is_dataset_id(part.path):
+            continue
+        found = _opened(config, part)
+        for split in (part.train_split,) if name in cut else (part.train_split, part.test_split):
+            assert split is not None  # `DataConfig.parts` fills it in
+            with _naming_option(config):
+                found.check_split(split)
 
 
 def names_of(config: Config) -> list[str]:
@@ -149,7 +166,7 @@ def _has_split(config: Config, part: MixConfig, split: str | None) -> bool:
 def _fetch(config: Config, part: MixConfig, split: str) -> tuple[Path, str, str | None]:
     """(folder, commit, note) of a Hub data set, once the files of `split` are in the cache."""
     found = _opened(config, part)
-    try:
+    with _naming_option(config):
         size = found.bytes_of(split)
         with reported(f"downloading {part.path}", total=round(size / 1e6), unit="MB") as task:
             arrived = [0]
@@ -160,20 +177,24 @@ def _fetch(config: Config, part: MixConfig, split: str) -> tuple[Path, str, str 
                     task.advance(megabytes)
 
             folder, commit = found.fetch(split, progress=progress)
-    except HubError as error:
-        raise ConfigError(f"{_option(config)}: {error}") from error
     _COMMITS[part.path, part.revision] = commit
     return folder, commit, found.note
 
 
 def _opened(config: Config, part: MixConfig) -> HubData:
     """The content of a Hub data set; both splits and all hosts see the same commit."""
+    with _naming_option(config), reported(f"asking the Hub for {part.path}"):
+        found = _listing(part.path, part.revision, part.config)
+        if config.run.distributed == "auto" and (commit := of_first_host(found.revision)) != found.revision:
+            found = _listing(part.path, commit, part.config)
+        return found
+
+
+@contextlib.contextmanager
+def _naming_option(config: Config) -> Iterator[None]:
+    """A context that turns a `HubError` into a `ConfigError` naming the option."""
     try:
-        with reported(f"asking the Hub for {part.path}"):
-            found = _listing(part.path, part.revision, part.config)
-            if config.run.distributed == "auto" and (commit := of_first_host(found.revision)) != found.revision:
-                found = _listing(part.path, commit, part.config)
-            return found
+        yield
     except HubError as error:
         raise ConfigError(f"{_option(config)}: {error}") from error
 

@@ -34,6 +34,16 @@ def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
 
 
+def settings_shown(config: Config, task: str) -> dict[str, Any]:
+    """The sections that describe a training run, flat ("data.path"), for the pages of metrics packages."""
+    sections = ("run", "data", "model", "lora", "mesh", "tokenizer", *(("dpo",) if task == "online" else ()), task)
+    return {
+        f"{section}.{name}": value
+        for section in sections
+        for name, value in dataclasses.asdict(getattr(config, section)).items()
+    }
+
+
 def settings_read(config: Config, command: str) -> dict[str, Any]:
     """Of the DPO options, those that a command reads; also seed, precision and adapter."""
     read = {option.removeprefix("dpo.") for option in COMMANDS[command].reads} | {"seed", "precision"}

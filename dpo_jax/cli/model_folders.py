@@ -34,6 +34,43 @@ def saved_steps(checkpoints: str) -> list[int]:
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
 
 
+EXPORTED = ("dpo", "sft", "online")
+"""Commands whose checkpoints `export` reads."""
+
+
+def checkpoints_to_export(config: Config) -> str:
+    """The checkpoint folder that `export` reads: `export.checkpoint`, or else that of dpo, or of sft in a run without dpo.
+
+    Raises `ConfigError` for that of a reward model, and where no run wrote checkpoints, naming the commands that did.
+    """
+    named, dpo, sft = config.export.checkpoint, config.checkpoints_of("dpo"), config.checkpoints_of("sft")
+    if named is not None:
+        _refuse_reward_model(config, named)
+        return named
+    if "://" in dpo or saved_steps(dpo):
+        return dpo
+    if saved_steps(sft) and not Path(config.run.dir, "dpo").exists():
+        return sft
+    others = [folder for task in EXPORTED[1:] if saved_steps(folder := config.checkpoints_of(task))]
+    choose = "; there are others: " + " or ".join(f"--export.checkpoint {folder}" for folder in others)
+    raise ConfigError(f"export.checkpoint: {dpo}: no run wrote checkpoints here{choose if others else '; train first'}")
+
+
+def _refuse_reward_model(config: Config, directory: str) -> None:
+    if directory == config.checkpoints_of("reward-model"):
+        folder = Path(config.run.dir, "reward-model")
+    elif Path(directory).absolute().parent.name == "reward-model":
+        folder = Path(directory).parent
+    else:
+        return
+    export = folder / "export"
+    there = (export / "config.json").is_file()
+    remedy = f"to upload it: hf upload ORGANIZATION/NAME {export}" if there else "run `dpo-jax reward-model` to its end"
+    raise ConfigError(
+        f"export.checkpoint: {directory} is of a reward model, which `dpo-jax reward-model` itself writes to {export}; {remedy}"
+    )
+
+
 def remedy(config: Config, path: str) -> str:
     """A sentence on what to do about a missing model folder, depending on its run directory; "" for other paths."""
     task = maker(path)

@@ -25,7 +25,7 @@ from dpo_jax.types import Model, Partitioner, Variables
 def load_pairs(config: Config, tokenizer: Any) -> tuple[tuple[EncodedSet, EncodedSet], Vision | None]:
     """Token ids of the train and held-out splits, as the loss of `dpo` reads them, and the vision encoder, if any."""
     rows = loss_table.rows_of(config.dpo.loss)
-    loaded = [splits.load_split(config, split, tokenizer, rows=rows, images=True) for split in ("train", "test")]
+    loaded = splits.load_splits(config, tokenizer, rows=rows, images=True)
     vision = vision_of(config, config.dpo_policy(), tokenizer, *loaded, name="dpo.policy")
     train, test = (encode_shown(config, preferences, tokenizer, vision) for preferences in loaded)
     check_ranking_lengths([*train, *test], where="the splits")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_jax.cli.config import GENERATED, Config, ConfigError
-from dpo_jax.cli.data_sources import load_files
+from dpo_jax.cli.data_sources import check_hub_splits, load_files
 from dpo_jax.cli.preflight.inputs import NO_IMAGES, refuse_texts
 from dpo_jax.cli.preflight.inputs import TEXT_SOURCES as TEXT_SOURCES
 from dpo_jax.data.encode import token_ids, with_bos
@@ -72,6 +72,15 @@ def load_split(
     return found
 
 
+def load_splits(
+    config: Config, tokenizer: Any = None, *, rows: Wanted = "pairs", images: bool = False
+) -> tuple[PreferenceSet, PreferenceSet]:
+    """`load_split` of the train and the held-out split. If a Hub data set lacks one of them, nothing is downloaded."""
+    check_hub_splits(config)
+    train, test = (load_split(config, split, tokenizer, rows=rows, images=images) for split in ("train", "test"))
+    return train, test
+
+
 def load_texts(config: Config, split: Literal["train", "test"]) -> list[Snippet]:
     """The texts for training, or for evaluation. Of snippets, the rest belongs to the reward."""
     data = config.data
@@ -124,6 +133,26 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     if not len(encoded):
         raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
     return encoded
+
+
+_BY_LIMITS = (Cause.OVER_LIMIT, Cause.OTHER_SPLIT, Cause.WEIGHT)  # rows left out as the configuration asks
+
+
+def losses_of_rows(config: Config, report: DataReport) -> str | None:
+    """A line on texts truncated and rows dropped in a split, with the options that decide; None if there are none."""
+    data, parts = config.data, []
+    if report.truncated:
+        named = {"prompt": "prompts", "text": "texts"}
+        cut = ", ".join(f"{count:,} {named.get(part, part)}" for part, count in report.truncated.items())
+        limits = f"data.max_length {data.max_length}"
+        if "prompt" in report.truncated or data.truncation != "completions":
+            limits += f", data.max_prompt_length {data.max_prompt_length}; data.truncation: completions keeps prompts whole"
+        parts.append(f"{cut} truncated ({limits})")
+    dropped = {cause: count for cause, count in report.dropped.items() if cause not in _BY_LIMITS}
+    if dropped:
+        causes = ", ".join(f"{cause} {count:,}" for cause, count in sorted(dropped.items()))
+        parts.append(f"{sum(dropped.values()):,} rows dropped ({causes})")
+    return f"{report.split} split, {report.kept:,} kept: {'; '.join(parts)}" if parts else None
 
 
 @contextmanager

@@ -22,12 +22,14 @@ from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.images import Vision
 from dpo_jax.cli.preflight.devices import empty_rows
 from dpo_jax.cli.preflight.packages import check_bucket
+from dpo_jax.cli.splits import losses_of_rows
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.encode import image_bytes
 from dpo_jax.data.layout import Example, Layout, images_of, places_of
 from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
+from dpo_jax.data.terminal import printable
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import has_steps, saved_steps
 from dpo_jax.runtime.mesh import mesh_sizes
@@ -201,6 +203,8 @@ def train(
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )
+    for line in filter(None, (losses_of_rows(config, report) for report in data.reports)):
+        print(f"note: {printable(line)}", flush=True)
     _note_long_warmup(section, plan.steps, lr)
     if warning := empty_rows(section, partitioner.row_shards):
         print(f"note: {run.path.name}.{warning}", flush=True)
@@ -316,8 +320,9 @@ def _note_full_disk(config: Config, run: RunDir, state: TrainState) -> None:
 
 
 def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> list[Writer]:
-    """Additional metrics writers of the configuration. `facts`: settings of the run to pass to them."""
-    section, options = config.run, {"directory": run.path, "config": facts}
+    """Additional metrics writers of the configuration, which get its sections and `facts`, the fingerprint of the run."""
+    section, shown = config.run, {**identity.settings_shown(config, run.path.name), **facts}
+    options = {"directory": run.path, "config": shown}
     places: dict[str, Callable[[], Place]] = {}
     if section.tensorboard:
         places["TensorBoard"] = lambda: TensorBoard(run.path / "tensorboard")
@@ -329,7 +334,9 @@ def metrics_writers(config: Config, run: RunDir, facts: Mapping[str, Any]) -> li
         places = {name: lambda make=make: AsTrl(make()) for name, make in places.items()}
     folder = run.path / "writers"
     return [
-        Delivery(name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard")
+        Delivery(
+            name, make, record=folder / f"{name.lower()}.json", forgets=name == "TensorBoard", samples=run.path / "samples"
+        )
         for name, make in places.items()
     ]
 

@@ -107,3 +107,10 @@ def number(row: Row, field: str, *, inside: str = "") -> float:
     if not math.isfinite(value):
         raise BadRow(Cause.NAN, f"{value} where a finite number is needed", field=inside + field)
     return value
+
+
+def without_nulls(value: Any) -> Any:
+    """A nested value without null keys: Arrow (parquet, `datasets`) gives every object the union of the column's keys."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -17,7 +17,7 @@ from typing import Any
 
 from dpo_jax.data import csv_rows
 from dpo_jax.data import files as data_files
-from dpo_jax.data.splits import find_names, listed, splits_of
+from dpo_jax.data.splits import CUT, find_names, listed, splits_of
 from dpo_jax.models.folder import is_hub_id
 
 CONVERTED = "refs/convert/parquet"
@@ -60,6 +60,10 @@ class HubData:
     def has_split(self, split: str) -> bool:
         return bool(find_names([PurePosixPath(name) for name in self.sizes], split))
 
+    def check_split(self, split: str) -> None:
+        """Raises `HubError` unless exactly one folder has the split."""
+        self._files(split)
+
     def bytes_of(self, split: str) -> int:
         """The most bytes that `fetch` downloads; 0 if not known."""
         return sum(self.sizes[name] or 0 for name in self._files(split))
@@ -84,6 +88,7 @@ class HubData:
         layouts = find_names([PurePosixPath(name) for name in self.sizes], split)
         if not layouts:
             there = f"; it has {listed(self.splits())}: choose with --data.train-split and --data.test-split"
+            there += f", or {CUT}" if split != "train" else ""
             raise HubError(f"{self.name}: no file of split {split!r}{there if self.sizes else ''}")
         if len(layouts) > 1:
             folders = sorted({str(path.parent) for paths in layouts.values() for path in paths})

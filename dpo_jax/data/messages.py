@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_jax.data.columns import check_text, text
+from dpo_jax.data.columns import check_text, text, without_nulls
 from dpo_jax.data.image_rows import Place
 from dpo_jax.data.pairs import BadRow, Cause, DataError, check_length
 from dpo_jax.data.rendering import Refused, render
@@ -63,8 +63,8 @@ def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, w
 
 
 def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
-    """Messages `{"role", "content", ...}` as new dictionaries: nulls removed, content parts joined, tool calls in the
-    template's form.
+    """Messages `{"role", "content", ...}` as new dictionaries: nulls removed, also inside tool calls, content parts
+    joined, tool calls in the template's form.
 
     Raises `BadRow`, also for a text that contains a special token."""
     if not isinstance(value, list) or not value:
@@ -99,7 +99,7 @@ def _message(message: Any, place: str, tokenizer: Any) -> Message:
         if form is None:
             detail = "the chat template does not write tool calls; use a tokenizer whose template does, or drop such rows"
             raise BadRow(Cause.CHAT_TEMPLATE, detail, field=f"{place}.tool_calls")
-        kept["tool_calls"] = [_call(call, as_text=form.arguments_as_text) for call in calls]
+        kept["tool_calls"] = [_call(without_nulls(call), as_text=form.arguments_as_text) for call in calls]
         if not kept.get("content"):  # null, absent and empty mean the same
             kept["content"] = form.content
     elif calls is not None:
@@ -188,7 +188,7 @@ def _call(call: Mapping[str, Any], *, as_text: bool) -> Message:
 
 
 def _tools(value: Any, tokenizer: Any) -> list[Any] | None:
-    value = _parsed(value, "tools")
+    value = _parsed(without_nulls(value), "tools")
     if isinstance(value, list):
         value = [_parsed(tool, f"tools.{index}") for index, tool in enumerate(value)]
     if not value:

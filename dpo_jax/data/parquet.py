@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_jax.data.columns import UNREAD, Columns, shown_names
+from dpo_jax.data.columns import UNREAD, Columns, shown_names, without_nulls
 from dpo_jax.data.pairs import BadRow, Cause, Place, refuse
 from dpo_jax.untrusted import LIMITS, cause_of
 
@@ -177,7 +177,7 @@ def _rows(batch: Any, unread: Row) -> list[Row] | None:
         except Exception:  # `_row` finds the cell
             return None
         nested = any(isinstance(cell, list | dict) for cell in cells)
-        columns.append([_without_nulls(cell) if isinstance(cell, list | dict) else cell for cell in cells] if nested else cells)
+        columns.append([without_nulls(cell) if isinstance(cell, list | dict) else cell for cell in cells] if nested else cells)
     names = batch.schema.names
     return [{**unread, **dict(zip(names, row, strict=True))} for row in zip(*columns, strict=True)]
 
@@ -191,12 +191,5 @@ def _row(batch: Any, index: int, unread: Row) -> Row | BadRow:
             return BadRow(Cause.INVALID_UTF8, f"byte {error.start} of the text: {error.reason}", field=column)
         except Exception as error:  # pyarrow may raise anything for values that Python cannot represent
             return BadRow(Cause.WRONG_TYPE, f"{values.type} cannot be read: {cause_of(error)}", field=column)
-        row[column] = _without_nulls(value) if isinstance(value, list | dict) else value
+        row[column] = without_nulls(value) if isinstance(value, list | dict) else value
     return row
-
-
-def _without_nulls(value: Any) -> Any:
-    """A nested value without null keys: parquet gives every object the union of the column's keys."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -12,7 +12,7 @@ from dpo_jax.data.pairs import Cause, DataReport, readable_name, refuse
 from dpo_jax.models.folder import is_hub_id
 from dpo_jax.untrusted import special_kind
 
-_CUT = "hold out a part of the train split with --data.test-share 0.05"
+CUT = "hold out a part of the train split with --data.test-share 0.05"
 _LISTED = 12  # names in a message
 # "train-00000-of-00002", and as older versions of `datasets` pushed it to the Hub, "train-00000-of-00002-b21d99e2a8d3e3b0".
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{16})?")
@@ -30,7 +30,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
     source = Path(source)
     if source.is_file():
         if not has_split(source, split):
-            detail = f"one file holds one split, and its name does not say {split!r}; give a folder, or {_CUT}"
+            detail = f"one file holds one split, and its name does not say {split!r}; give a folder, or {CUT}"
             refuse(Cause.BAD_LAYOUT, source, detail)
         _stem(source)
         return [(readable_name(source.name), source)]
@@ -70,7 +70,7 @@ def _what_is_there(source: Path, split: str) -> str:
     present = listed(sorted(path.name + "/" * path.is_dir() for path in source.iterdir())) or "nothing"
     splits = split_names(source)
     choose = f"; choose among the splits {listed(splits)} with --data.train-split and --data.test-split" if splits else ""
-    choose += f", or {_CUT}" if splits and split != "train" else ""
+    choose += f", or {CUT}" if splits and split != "train" else ""
     foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
     convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl), .parquet or .csv" if foreign else ""
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})

@@ -168,11 +168,14 @@ def learn_reward(
     return judge.of_texts(variables, world.tokenizer, batch=world.batch, bos=bos), figures
 
 
-def save_reward_model(path: Path, model: Model, variables: Variables, *, pad_token_id: int | None = None) -> Path:
+def save_reward_model(
+    path: Path, model: Model, variables: Variables, *, pad_token_id: int | None = None, dtype: Any = None
+) -> Path:
     """Writes a reward model as transformers' `AutoModelForSequenceClassification` reads it (`models.scorer`).
 
-    `variables` are on the host. `pad_token_id` is the tokenizer's padding token, if that is not EOS. If there are several
-    hosts, only the first one writes.
+    `variables` are on the host. `pad_token_id` is the tokenizer's padding token, if that is not EOS. `dtype` is the type of the
+    weights (None: as they are; the head is then float32). If there are several hosts, only the first one writes. Raises
+    OverflowError for values too large for `dtype`.
     """
     if not is_first():
         return path
@@ -184,5 +187,5 @@ def save_reward_model(path: Path, model: Model, variables: Variables, *, pad_tok
     kept = variable_shapes(decoder)["params"]
     params = {name: leaf for name, leaf in variables["params"].items() if name in kept}
     without_earlier_head(path)
-    score = {SCORE: np.asarray(head["kernel"], np.float32)[None]}
-    return save_hf(path, decoder, {"params": params}, settings=settings, others=score)
+    score = {SCORE: np.asarray(head["kernel"], np.float32).astype(dtype or np.float32)[None]}
+    return save_hf(path, decoder, {"params": params}, settings=settings, others=score, dtype=dtype)

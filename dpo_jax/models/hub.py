@@ -7,6 +7,15 @@ from pathlib import Path
 from dpo_jax.models.folder import adapter_base, is_hub_id, local_folder
 
 _WANTED = ["*.json", "*.safetensors", "tokenizer*", "*.txt", "*.jinja", "*.model", "README.md"]
+_UNREAD = ["consolidated*"]  # Mistral's own format of the same weights, beside the shards
+_REPLACED = [
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+]
+"""Files of an earlier model that a push removes: readers take an index before a single file, and an adapter for its base."""
 
 
 def resolve(path: str | Path) -> Path:
@@ -67,7 +76,8 @@ def check_push(name: str) -> None:
 def push(folder: str | Path, name: str, *, message: str, public: bool = False) -> str:
     """Uploads a model folder as one commit, and returns its address. A missing repository is created, private unless `public`.
 
-    Raises `PushError`; the folder stays as it is.
+    The commit also removes the weights of an earlier model, where the folder does not overwrite them. Raises `PushError`; the
+    folder stays as it is.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -76,7 +86,8 @@ def push(folder: str | Path, name: str, *, message: str, public: bool = False) -
     later = f"the model is in {folder}; later: hf upload {name} {folder}"
     try:
         HfApi().create_repo(name, private=not public, exist_ok=True)
-        return HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message=message).commit_url
+        options = {"commit_message": message, "delete_patterns": _REPLACED}
+        return HfApi().upload_folder(repo_id=name, folder_path=folder, **options).commit_url
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         why = {
@@ -100,5 +111,5 @@ def _snapshot(path: str, *, local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = path.partition("@")
-    options = {"allow_patterns": _WANTED, "local_files_only": local_files_only}
+    options = {"allow_patterns": _WANTED, "ignore_patterns": _UNREAD, "local_files_only": local_files_only}
     return Path(snapshot_download(name, revision=revision or None, **options))

@@ -31,7 +31,8 @@ class Writer(Protocol):
     """A further destination of metrics. `resume` is called first, with the number of steps taken so far and the rows up to
     there.
 
-    Its exceptions stop the training; `writers.Delivery` raises none.
+    A writer may also have `failed(error)`, which is called before `close` if the run ends with an error. Its exceptions stop
+    the training; `writers.Delivery` raises none.
     """
 
     def resume(self, step: int, rows: Sequence[Row]) -> None: ...
@@ -91,17 +92,26 @@ class MetricsLog:
             self._file.flush()
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
+    def close(self, error: BaseException | None = None) -> None:
+        """`error`: the exception with which the run ends, for the writers."""
         with naming(self.path):
             self._file.close()
         for writer in self._writers:
+            if error is not None:
+                tell_failure(writer, error)
             writer.close()
 
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self.close(error)
+
+
+def tell_failure(writer: Any, error: BaseException) -> None:
+    """Calls `writer.failed(error)`, if there is such a method."""
+    if (failed := getattr(writer, "failed", None)) is not None:
+        failed(error)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -12,18 +12,22 @@ import logging
 import os
 import re
 import secrets
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from dpo_jax.extras import install_command
-from dpo_jax.runtime.metrics import Row, is_evaluation
+from dpo_jax.runtime.fit import Interrupted, Preempted
+from dpo_jax.runtime.metrics import Row, is_evaluation, tell_failure
 from dpo_jax.shapes import fit
-from dpo_jax.untrusted import Unreadable, read_object, read_text, regular
+from dpo_jax.untrusted import Unreadable, parse_object, read_object, read_text, regular
 from dpo_jax.writing import naming, write_text
 
 logger = logging.getLogger(__name__)
 RETRY = 100  # rows until a failed destination is tried again
+SAMPLED = "eval/samples/tokens"  # a metric of evaluations with completions
+_SHOWN = ("prompt", "completion", "finished")  # of a completion
 
 
 _NOTHING = (-1, True)  # comes before each row
@@ -35,7 +39,11 @@ def _key(row: Row) -> tuple[int, bool]:
 
 
 class Place(Protocol):
-    """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise."""
+    """Interface to a metrics package. `open` is called first, with the number of steps taken so far. Any method may raise.
+
+    A place may also have `failed(error)`, which is called before `close` if the run ends with an error, and
+    `texts(step, samples)` for the completions of an evaluation.
+    """
 
     def open(self, step: int) -> None: ...
     def write(self, row: Row) -> None: ...
@@ -47,15 +55,19 @@ class Delivery:
 
     `record` is the file that stores the last row sent. A resumed run therefore sends no row twice, and sends missing rows
     (after a kill or a failure, or if the destination was added later). A destination that `forgets` drops its rows from `step`
-    on when opened there, and gets them again.
+    on when opened there, and gets them again. `samples` is the folder of the completions of evaluations, which are sent once,
+    with the row of their evaluation, and not again if that fails.
     """
 
-    def __init__(self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False) -> None:
-        self._name, self._make, self._record, self._forgets = name, make, record, forgets
+    def __init__(
+        self, name: str, make: Callable[[], Place], *, record: Path, forgets: bool = False, samples: Path | None = None
+    ) -> None:
+        self._name, self._make, self._record, self._forgets, self._samples = name, make, record, forgets, samples
         self._place: Place | None = None
         self._step, self._wait, self._failed = 0, 0, False
         self._last = _NOTHING  # the key of the last row sent
         self._queue: collections.deque[Row] = collections.deque()
+        self._ended_by: BaseException | None = None
 
     def resume(self, step: int, rows: Sequence[Row]) -> None:
         """`rows`: all rows of the log after `step` steps. Called before the first `write`."""
@@ -72,11 +84,16 @@ class Delivery:
             self._queue.append(row)
         self._deliver()
 
+    def failed(self, error: BaseException) -> None:
+        self._ended_by = error
+
     def close(self) -> None:
         self._wait = 0
         self._deliver()
         try:
             if self._place is not None:
+                if self._ended_by is not None:
+                    tell_failure(self._place, self._ended_by)
                 self._place.close()
         except Exception as error:
             self._fail(error)
@@ -91,13 +108,24 @@ class Delivery:
                 place.open(self._step)
                 self._place = place
             while self._queue:
-                self._place.write(self._queue[0])
+                self._place.write(row := self._queue[0])
                 self._last = _key(self._queue.popleft())
                 self._record.parent.mkdir(exist_ok=True)
                 with naming(self._record):  # once per row: it need not survive a machine crash
                     self._record.write_text(json.dumps(dict(zip(("step", "training"), self._last, strict=True))))
+                self._send_texts(row)
         except Exception as error:
             self._fail(error)
+
+    def _send_texts(self, row: Row) -> None:
+        texts = getattr(self._place, "texts", None)
+        if texts is None or self._samples is None or SAMPLED not in row:
+            return
+        file = self._samples / f"step-{row['step']:08}.jsonl"
+        try:
+            texts(int(row["step"]), [parse_object(line, str(file)) for line in read_text(regular(file)).split("\n") if line])
+        except Exception as error:
+            logger.warning("%s: the samples in %s were not sent: %s: %s", self._name, file, type(error).__name__, error)
 
     def _recorded(self, rows: Sequence[Row]) -> tuple[int, bool]:
         try:
@@ -143,6 +171,13 @@ class AsTrl:
     def write(self, row: Row) -> None:
         self._place.write(named_as_trl(row))
 
+    def failed(self, error: BaseException) -> None:
+        tell_failure(self._place, error)
+
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        if (texts := getattr(self._place, "texts", None)) is not None:
+            texts(step, samples)
+
     def close(self) -> None:
         self._place.close()
 
@@ -186,6 +221,14 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, int(row["step"]))
         self._writer.flush()
 
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        assert self._writer is not None, "open() comes first"
+        parts = ((name, str(sample[name])) for sample in samples for name in _SHOWN[:2])
+        # Indented: Markdown shows a text as it is.
+        shown = (f"**{name}**\n\n{textwrap.indent(text, '    ', lambda line: True)}" for name, text in parts)
+        self._writer.add_text("samples", "\n\n".join(shown), step)
+        self._writer.flush()
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -195,17 +238,22 @@ class _RunElsewhere:
     """A run of a package that logs the numbers of one step at a time. `open` of a subclass starts or resumes it."""
 
     _run: Any = None
+    _ending: Mapping[str, Any] = {}  # arguments of `finish`
 
-    def __init__(self, init: Callable[..., Any], project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
-        self._init, self._project, self._directory, self._config = init, project, Path(directory), config
+    def __init__(self, package: Any, project: str, directory: str | Path, config: Mapping[str, Any] | None) -> None:
+        self._package, self._project, self._directory, self._config = package, project, Path(directory), config
 
     def write(self, row: Row) -> None:
         assert self._run is not None, "open() comes first"
         self._run.log(_values(row), step=int(row["step"]))
 
+    def texts(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        table = self._package.Table(columns=list(_SHOWN), data=[[sample[name] for name in _SHOWN] for sample in samples])
+        self._run.log({"samples": table}, step=step)
+
     def close(self) -> None:
         if self._run is not None:
-            self._run.finish()
+            self._run.finish(**self._ending)
 
 
 class Wandb(_RunElsewhere):
@@ -221,13 +269,21 @@ class Wandb(_RunElsewhere):
             import wandb  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Weights & Biases", "wandb", error) from error
-        super().__init__(wandb.init, project, directory, config)
+        super().__init__(wandb, project, directory, config)
 
     def open(self, step: int) -> None:
         identity = _identity(self._directory / "wandb_run_id", step)
         config, name = dict(self._config or {}), os.environ.get("WANDB_NAME") or _name(self._directory)
         options = {"project": self._project, "dir": str(self._directory), "config": config, "id": identity, "name": name}
-        self._run = self._init(**options, resume="allow")
+        # A continued run may have other options that do not change its result, such as the devices.
+        self._run = self._package.init(**options, resume="allow", allow_val_change=True)
+
+    def failed(self, error: BaseException) -> None:
+        """The page shows the run as failed, as preempted after SIGTERM, or as killed after Ctrl-C (wandb's exit code 255)."""
+        by_hand = isinstance(error, KeyboardInterrupt | Interrupted)
+        self._ending = {"exit_code": 255 if by_hand else 1}
+        if isinstance(error, Preempted) and not by_hand and self._run is not None:
+            self._run.mark_preempting()
 
     def use_axis(self, name: str) -> None:
         """Makes the metric `name`, which every row must have, the horizontal axis of all charts."""
@@ -246,12 +302,12 @@ class Trackio(_RunElsewhere):
             import trackio  # pyright: ignore[reportMissingImports]
         except ModuleNotFoundError as error:
             raise _missing("Trackio", "trackio", error) from error
-        super().__init__(trackio.init, project, directory, config)
+        super().__init__(trackio, project, directory, config)
 
     def open(self, step: int) -> None:
         name = _identity(self._directory / "trackio_run_name", step, before=f"{_name(self._directory)}-")
         config = json.loads(json.dumps(dict(self._config or {}), default=str))
-        self._run = self._init(project=self._project, name=name, config=config, resume="allow", embed=False)
+        self._run = self._package.init(project=self._project, name=name, config=config, resume="allow", embed=False)
 
 
 def _values(row: Row) -> dict[str, float]:

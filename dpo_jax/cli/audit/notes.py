@@ -12,7 +12,7 @@ from dpo_jax.data.terminal import one_line
 
 Note = dict[str, str]  # {"about", "found", "remedy"}, printable
 MANY_DUPLICATES = 0.01  # of a split
-MANY_CUT = 0.05  # pairs with a truncated completion
+MANY_CUT = 0.05  # pairs with a truncated prompt, or a truncated completion
 LENGTH_DECIDES = 0.6  # lower bound of the accuracy of "the longer one wins", or "the shorter one wins"
 FEW_HELD_OUT = 100  # pairs; with fewer, the interval of an accuracy is wider than 0.2
 
@@ -21,7 +21,7 @@ def verdict(config: Config, reports: Mapping[str, Mapping[str, Any]]) -> dict[st
     """The notes on each split. `reports` are those of `dpo-jax audit`."""
     train, test = config.data.train_split, config.data.test_split
     found = {
-        split: [*_rows(config, report, split), *_repeats(report, split), *_lengths(report, split)]
+        split: [*_rows(config, report, split), *_repeats(report, split), *_lengths(config, report, split)]
         for split, report in reports.items()
     }
     found[train] += _labels(config, reports[train])
@@ -67,9 +67,9 @@ def _repeats(report: Mapping[str, Any], split: str) -> Iterator[Note]:
         )
 
 
-def _lengths(report: Mapping[str, Any], split: str) -> Iterator[Note]:
+def _lengths(config: Config, report: Mapping[str, Any], split: str) -> Iterator[Note]:
     if (rule := report["longer_wins"]) is None:
-        yield from _cut_ends(report, split)
+        yield from _cut(config, report, split)
         return
     longer = rule["accuracy"] >= 0.5
     accuracy, bound = (rule["accuracy"], rule["low"]) if longer else (1 - rule["accuracy"], 1 - rule["high"])
@@ -79,10 +79,16 @@ def _lengths(report: Mapping[str, Any], split: str) -> Iterator[Note]:
             f'the rule "the {"longer" if longer else "shorter"} one wins" alone has accuracy {accuracy:.2f} on {split}',
             "the policy may learn only that; watch the tokens per sample in eval, and the accuracy by length of eval --rewards",
         )
-    yield from _cut_ends(report, split)
+    yield from _cut(config, report, split)
 
 
-def _cut_ends(report: Mapping[str, Any], split: str) -> Iterator[Note]:
+def _cut(config: Config, report: Mapping[str, Any], split: str) -> Iterator[Note]:
+    data, cut = config.data, report["cut"]["prompt"]["pairs"]
+    if cut / report["kept"] >= MANY_CUT:
+        lost = "end" if data.truncation == "keep_start" else "beginning"
+        found = f"{cut:,} of {report['kept']:,} {split} prompts lost their {lost}, cut to {data.max_prompt_length} tokens"
+        remedy = "raise --data.max-prompt-length with --data.max-length, or keep prompts whole: --data.truncation completions"
+        yield _note("cut prompts", found, remedy)
     cut = report["cut"]["completions"]["pairs"]
     if cut / report["kept"] >= MANY_CUT:
         found = f"{cut:,} of {report['kept']:,} {split} pairs lost the end of a completion, and its EOS"

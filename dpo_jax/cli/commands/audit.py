@@ -39,7 +39,7 @@ def run(config: Config) -> int:
         tokenizer = build.tokenizer_of(tolerant, model_path=config.model.path)
         rows = loss_table.rows_of(config.dpo.loss)
         rows = "any" if rows == "pairs" else rows  # files of single completions can be audited, too
-        preferences = [splits.load_split(tolerant, split, tokenizer, rows=rows, images=True) for split in SPLITS]
+        preferences = splits.load_splits(tolerant, tokenizer, rows=rows, images=True)
         images = _image_tokens(config, tokenizer, preferences)
         pin_revisions(config)  # later training uses the audited data
         train, test = (splits.encode_split(tolerant, loaded, tokenizer, images) for loaded in preferences)

@@ -17,7 +17,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.card import dpo_card, merged_card, online_card, sft_card
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, load_config
 from dpo_jax.cli.exports import write_lora, write_model, writer
-from dpo_jax.cli.model_folders import refuse_foreign
+from dpo_jax.cli.model_folders import checkpoints_to_export, refuse_foreign
 from dpo_jax.cli.train import early_stopping
 from dpo_jax.cli.trained import Trained, trained
 from dpo_jax.models.checkpoint_stream import assemble
@@ -39,7 +39,7 @@ CARDS = {"sft": sft_card, "dpo": dpo_card, "online": online_card}
 
 
 def run(config: Config) -> int:
-    directory = config.export.checkpoint or config.checkpoints_of("dpo")
+    directory = checkpoints_to_export(config)
     if config.export.out is not None:
         refuse_foreign(Path(config.export.out).expanduser())
     if config.export.push is not None:
@@ -50,6 +50,8 @@ def run(config: Config) -> int:
     if not (written_by.is_file() and has_steps(directory)):
         raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here (there must be a {written_by})")
     task, original = folder.name, load_config(written_by)
+    if config.export.checkpoint is None and task == "sft":
+        print(f"the run has no folder {config.run.dir}/dpo, so the model of sft is exported", flush=True)
     start = original.model.path if task == "sft" else original.dpo_policy()
     tokenizer = build.tokenizer_of(original, model_path=start, name="model.path" if task == "sft" else "dpo.policy")
     hf = load_hf_config(start) if start is not None else build.new_hf_config(original, tokenizer)

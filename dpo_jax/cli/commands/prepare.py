@@ -19,10 +19,8 @@ def run(config: Config) -> int:
     with build.open_run(config, "prepare") as run_dir:
         named = config.tokenizer.path or config.model.path
         tokenizer = build.tokenizer_of(config, model_path=config.model.path) if named else None
-        found = {
-            config.data.train_split: splits.load_split(config, "train", tokenizer, rows="any"),
-            config.data.test_split: splits.load_split(config, "test", tokenizer, rows="any"),
-        }
+        train, test = splits.load_splits(config, tokenizer, rows="any")
+        found = {config.data.train_split: train, config.data.test_split: test}
         for preferences in found.values():
             _check(config, preferences)
         build.describe(run_dir, config, *(preferences.report for preferences in found.values()))

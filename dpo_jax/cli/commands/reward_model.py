@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from dpo_jax.cli import build, identity, splits
-from dpo_jax.cli.config import Config, ConfigError
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig
+from dpo_jax.cli.exports import DTYPES
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import trained
@@ -23,8 +25,9 @@ from dpo_jax.evals.calibration import accuracy
 from dpo_jax.evals.reward_functions import with_ends
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model, judged, save_reward_model
 from dpo_jax.runtime.hosts import is_first
-from dpo_jax.runtime.rundir import write_json
+from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.training.fingerprint import architecture
+from dpo_jax.types import Model, Variables
 
 
 def run(config: Config) -> int:
@@ -35,10 +38,9 @@ def run(config: Config) -> int:
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
         part = trained(config, training, model, path)
         partitioner = part.partitioner(config, head=True)
-        pairs, test = (
-            splits.encode_split(config, splits.load_split(config, split, tokenizer), tokenizer) for split in ("train", "test")
-        )
+        pairs, test = (splits.encode_split(config, loaded, tokenizer) for loaded in splits.load_splits(config, tokenizer))
         check_repeats(config, pairs, test)
+        _note_unread(config)
         start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
         judge = RewardModel(partitioner, part.model)
@@ -72,7 +74,7 @@ def run(config: Config) -> int:
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         spread = accuracy(margins, [prompt_key(pair) for pair in test])
         low, high = spread["low"], spread["high"]
-        folder = save_reward_model(run_dir.export, model, part.merged(variables), pad_token_id=_padding(tokenizer))
+        folder = _save(config, run_dir, model, part.merged(variables), tokenizer)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         if is_first():
             save_tokenizer(tokenizer, folder)
@@ -84,6 +86,27 @@ def run(config: Config) -> int:
         )
         print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")
     return 0
+
+
+def _note_unread(config: Config) -> None:
+    """Prints a note on options of dpo that set the length of its run, but not of this one."""
+    default, own = DpoConfig(), config.dpo
+    unread = [f"dpo.{name}" for name in ("epochs", "steps", "patience") if getattr(own, name) != getattr(default, name)]
+    if unread:
+        print(
+            f"note: {', '.join(unread)}: not read by reward-model, whose length is frontier.reward_model_epochs "
+            f"({config.frontier.reward_model_epochs:g})",
+            flush=True,
+        )
+
+
+def _save(config: Config, run_dir: RunDir, model: Model, variables: Variables, tokenizer: Any) -> Path:
+    """Writes the reward model. Raises `ConfigError` if its weights do not fit `export.dtype`."""
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    try:
+        return save_reward_model(run_dir.export, model, variables, pad_token_id=_padding(tokenizer), dtype=dtype)
+    except OverflowError as error:
+        raise ConfigError(f"export.dtype: {error}") from error
 
 
 def _padding(tokenizer: Any) -> int | None:

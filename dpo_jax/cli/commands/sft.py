@@ -91,7 +91,7 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
     """The texts to learn from preference data: their SFT targets, or else the chosen completions."""
     data = config.data
     # The best completions do not depend on what the loss of dpo reads.
-    sets = [splits.load_split(config, split, tokenizer, rows="any", images=True) for split in ("train", "test")]
+    sets = splits.load_splits(config, tokenizer, rows="any", images=True)
     vision = vision_of(config, config.model.path, tokenizer, *sets, name="model.path")
     # Encoding the pairs as well makes SFT refuse the same bad rows as DPO, so that both see the same data.
     pairs = [encode_shown(config, preferences, tokenizer, vision) for preferences in sets]

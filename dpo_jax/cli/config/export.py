@@ -23,8 +23,9 @@ class ExportConfig:
     merge: bool = False
     """For an adapter (lora): write the whole model with the adapter merged in, by default to export-merged/."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights that export, dpo and ppo write; none: that of the model that training began with, float32 for a
-    new one. sft always writes float32, so that dpo starts from exactly these weights."""
+    """Type of the weights that export, dpo, ppo and reward-model write; none: that of the model that training began with,
+    float32 for a new one (reward-model: that of the trained weights). sft always writes float32, so that dpo starts from
+    exactly these weights."""
 
     push: str | None = None
     """Also upload the folder to this Hugging Face Hub repository, organization/name (short: --push); created if absent."""

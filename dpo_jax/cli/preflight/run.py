@@ -135,6 +135,7 @@ def _checkpoints(check: Check) -> None:
     check_bucket(directory)
     if "://" in directory or check.unseen("reads", directory, "dpo"):
         return
+    directory = model_folders.checkpoints_to_export(config)
     steps = model_folders.saved_steps(directory)
     if not steps:
         raise ConfigError(f"export.checkpoint: {directory}: no run wrote checkpoints here; train first")
