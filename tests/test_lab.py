@@ -61,6 +61,20 @@ def test_labels_are_counted_to_where_a_share_of_the_gain_is_reached():
     assert np.isnan(shares_by_labels(results[0].points, 1e3, best)[1]).all()
 
 
+def test_labels_of_two_betas_are_not_those_of_more_seeds():
+    best = optimum(np.random.default_rng(0).normal(size=(50, 4000)), [np.inf, *np.geomspace(20, 0.25, 60)], seed=0)
+
+    def result(beta, seed, kl, reward):
+        return Result(Run("online", f"beta {beta}", {"beta": beta}, seed), [point(1, kl, reward) | {"labels": 100.0}], 0.0)
+
+    far, near = [result(0.2, seed, 1.5, 1.7) for seed in (0, 1)], [result(0.6, seed, 0.01, 0.1) for seed in (0, 1)]
+    some, none = label_table([*far, *near], best, share=0.4, at=1.5)
+    assert (some["label"], none["label"]) == ("beta 0.2", "beta 0.6")
+    assert (len(some["each"]), none["each"]) == (2, [None, None])
+    assert 0 < some["labels"] < 100
+    assert "beta 0.6" in label_words([some, none])
+
+
 def table_of(results):
     return [(r.run, r.points) for r in results]
 

@@ -44,15 +44,18 @@ def labels_needed(labels: np.ndarray, shares: np.ndarray, share: float) -> float
 def label_table(
     results: Sequence[Result], optimum: Optimum, *, share: float = SHARE, at: float = WITHIN
 ) -> list[dict[str, Any]]:
-    """A row for each method whose points have `labels`: the labels each seed needs to reach `share` at KL `at`, their mean, and
-    its 95 % interval over seeds (Student's t; None of one seed). `labels` is None where a seed does not reach it."""
+    """A row for each setting whose points have `labels`: the labels each seed needs to reach `share` at KL `at`, their mean,
+    and its 95 % interval over seeds (Student's t; None of one seed). `labels` is None where a seed does not reach it.
+
+    Settings (betas) stay apart: one that ends at a smaller KL does not reach the share, and is no seed of another."""
     spent = [result for result in results if "labels" in result.points[-1]]
     rows = []
-    for method in dict.fromkeys(result.run.method for result in spent):
-        mine = [result for result in spent if result.run.method == method]
+    for method, label in dict.fromkeys((result.run.method, result.run.label) for result in spent):
+        mine = [result for result in spent if (result.run.method, result.run.label) == (method, label)]
         needed = [labels_needed(*shares_by_labels(result.points, at, optimum), share) for result in mine]
         row: dict[str, Any] = {
             "method": method,
+            "label": label,
             "share": share,
             "kl": at,
             "each": [x if x < math.inf else None for x in needed],
@@ -73,5 +76,5 @@ def label_words(rows: Sequence[Mapping[str, Any]]) -> str:
         some = ", ".join("not reached" if x is None else f"{x:,.0f}" for x in row["each"])
         known = row["labels_low"] is not None
         mean = f"{row['labels']:,.0f} ({row['labels_low']:,.0f} to {row['labels_high']:,.0f}); " if known else ""
-        lines.append(f"{row['method']:22}{mean}each seed: {some}")
+        lines.append(f"{row['method']:22}{row['label']:12}{mean}each seed: {some}")
     return "\n".join(lines)
