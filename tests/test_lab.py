@@ -56,9 +56,9 @@ def test_labels_are_counted_to_where_a_share_of_the_gain_is_reached():
     assert (b["each"], b["labels"]) == ([None], None)
     assert "not reached" in label_words([a, b])
     assert label_table([offline], best) == []
-    _, shares = shares_by_labels(results[0].points, 1.5, best)
+    _, shares = shares_by_labels(results[0].points, 1.5, best, best.reference)
     assert np.all(np.diff(shares) >= 0)
-    assert np.isnan(shares_by_labels(results[0].points, 1e3, best)[1]).all()
+    assert np.isnan(shares_by_labels(results[0].points, 1e3, best, best.reference)[1]).all()
 
 
 def test_labels_of_two_betas_are_not_those_of_more_seeds():
@@ -159,10 +159,10 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     text = report.summary(results, best)
     assert "(100%, " in text
     assert "(50%, " in text
-    assert "shares are shifted" not in text
+    assert "cannot be compared" not in text
     for reward, told in ((best.reference + 0.05, False), (best.reference + 0.5, True)):  # its interval is +- 0.1
         reference = Result(Run(report.REFERENCE, "", {}, 0), [point(0, 0.0, reward)], 1.0)
-        assert ("shares are shifted" in report.summary([reference, *results], best)) is told
+        assert ("cannot be compared" in report.summary([reference, *results], best)) is told
     table = report.rows(results, best)
     assert [row["regret"] for row in table[:2]] == [pytest.approx(0, abs=0.02), pytest.approx(0.5, abs=0.02)]
     report.write(tmp_path, table)
@@ -171,6 +171,24 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     header, *rest = (tmp_path / "results.csv").read_text().splitlines()
     assert header.split(",") == list(report.COLUMNS)
     assert len(rest) == 3
+
+
+def test_prompts_on_which_the_reference_is_better_are_no_gain_of_a_policy(best):
+    """Policies are measured on the test prompts, the optimum and Best-of-N on others, each with a reference of its own."""
+    gain = float(np.interp(1.0, np.sqrt(best.kl), best.reward)) - best.reference
+    at_first = best.reference + 0.3
+    results = [
+        Result(Run(report.REFERENCE, "", {}, 0), [point(0, 0.0, at_first)], 1.0),
+        Result(Run("idle", "a", {}, 0), [point(1, 1.0, at_first)], 1.0),
+        Result(Run("half", "a", {}, 0), [point(1, 2.0, at_first + gain) | {"labels": 100.0}], 1.0),  # at KL 1 a mixture
+        Result(Run("best-of-n", "N 4", {}, 0), [point(4, 1.0, best.reference + gain / 2)], 1.0),
+    ]
+    shares = {row["method"]: row["share_of_gain"] for row in report.at_equal_kl(results, best) if row["kl"] == 1}
+    assert shares == pytest.approx({"idle": 0.0, "half": 0.5, "best-of-n": 0.5}, abs=0.01)
+    missed = {row["method"]: row["regret"] for row in report.rows(results, best) if row["kl"] == 1}
+    assert missed == pytest.approx({"idle": 1.0, "best-of-n": 0.5}, abs=0.01)
+    (spent,) = label_table(results, best, share=0.25, at=1.0)
+    assert spent["labels"] == pytest.approx(50.0, rel=0.02)
 
 
 def test_best_of_n_is_a_point_with_its_bound():

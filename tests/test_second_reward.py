@@ -46,7 +46,7 @@ def test_two_seeds_have_the_interval_of_students_t_and_prompts_together():
 def test_methods_at_equal_kl_are_means_over_seeds_with_their_interval(best):
     both = [result("dpo", "beta 1", point(1.0, reward), seed=seed) for seed, reward in enumerate((0.8, 1.0))]
     one = result("dpo", "beta 0.1", point(4.0, 1.5), seed=1)  # the other seed does not go that far
-    rows = {row["kl"]: row for row in report.at_equal_kl([*both, one, result("reference", "", point(0, 9))], best)}
+    rows = {row["kl"]: row for row in report.at_equal_kl([*both, one, result("reference", "", point(0, 0))], best)}
     expected = over_seeds([point(1, 0.8), point(1, 1.0)], "reward")
     assert (rows[1.0]["seeds"], rows[3.0]["seeds"], rows[6.0]["seeds"]) == (2, 1, 0)
     assert [rows[1.0][f"reward{end}"] for end in expected] == pytest.approx(list(expected.values()))

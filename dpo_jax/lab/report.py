@@ -15,6 +15,7 @@ from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval
 from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import LEARNED, SECOND
+from dpo_jax.types import Array
 from dpo_jax.writing import writing
 
 EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared
@@ -25,6 +26,21 @@ COLUMNS = (
 )
 REFERENCE = "reference"
 """Method name of the result for the reference itself."""
+BEST_OF = "best-of-n"
+"""Beginning of the method names of Best-of-N, which is measured on the prompts of the optimum."""
+
+
+def base_of(results: Sequence[Result], optimum: Optimum, method: str = "") -> float:
+    """Reward of the reference on the prompts on which `method` was measured: the test prompts, for Best-of-N those of the
+    optimum. Without a result for the reference, always those of the optimum."""
+    start = [result.points[-1]["reward"] for result in results if result.run.method == REFERENCE]
+    return optimum.reference if method.startswith(BEST_OF) or not start else start[0]
+
+
+def missed_share(reward: Array | float, kl: Array | float, optimum: Optimum, base: float) -> np.ndarray:
+    """`regret` of a gain: of `reward` over the reference's reward `base` on the same prompts, where the optimum's gain is over
+    `optimum.reference`. A difference of the two sets of prompts is then no gain of the policy."""
+    return regret(np.asarray(reward) - base + optimum.reference, kl, optimum, optimum.reference)
 
 
 def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
@@ -32,9 +48,10 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
     too low where `trusted` is false, because the optimum rests on few samples there."""
     found = []
     for result in results:
+        base = base_of(results, optimum, result.run.method)
         run = {"method": result.run.method, "label": result.run.label, "seed": result.run.seed, "seconds": result.seconds}
         for point in result.points:
-            missed = float(regret(point["reward"], point["kl"], optimum, optimum.reference))
+            missed = float(missed_share(point["reward"], point["kl"], optimum, base))
             trusted = point["kl"] <= optimum.reach
             found.append({**run, **point, "regret": None if math.isnan(missed) else missed, "trusted": trusted})
     return found
@@ -95,32 +112,33 @@ def best_of_results(
 
 
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and its share of
-    the optimum's gain there.
+    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and its gain as a
+    share of the optimum's gain there. Each gain is over the reference on the same prompts (`base_of`).
 
     `_low` and `_high`: the same with all rewards at that end of their 95 % intervals. With several seeds, each seed mixes its
     own policies, and these are the mean and the interval of `over_seeds`. `seeds`: how many seeds have a policy that reaches
     this KL. Values are None where no seed reaches it, or where the optimum cannot be trusted."""
     found = []
     for method in dict.fromkeys(result.run.method for result in results if result.run.method != REFERENCE):
+        base = base_of(results, optimum, method)
         seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
         mine = [[p for r in results if (r.run.method, r.run.seed) == (method, seed) for p in r.points] for seed in seeds]
         for at in EQUAL_KL:
-            mixed = [_mixed(points, at, optimum) for points in mine if at <= max(point["kl"] for point in points)]
+            mixed = [_mixed(points, at, base) for points in mine if at <= max(point["kl"] for point in points)]
             rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
             row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
             for end, reward in rewards.items():
-                missed = float(regret(reward, at, optimum, optimum.reference)) if at <= optimum.reach else math.nan
+                missed = float(missed_share(reward, at, optimum, base)) if at <= optimum.reach else math.nan
                 row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(1 - missed)}
             found.append(row)
     return found
 
 
-def _mixed(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> dict[str, float]:
-    """Reward of the best mixture of two of `points`, or of one and the reference, within a KL of `at`."""
+def _mixed(points: Sequence[Mapping[str, float]], at: float, base: float) -> dict[str, float]:
+    """Reward of the best mixture of two of `points`, or of one and the reference (reward `base`), within a KL of `at`."""
     kls = np.array([0.0, *(p["kl"] for p in points)])
     ends = [f"reward{end}" for end in ("", "_low", "_high")]
-    return {end: envelope(kls, np.array([optimum.reference, *(p[end] for p in points)]), at) for end in ends}
+    return {end: envelope(kls, np.array([base, *(p[end] for p in points)]), at) for end in ends}
 
 
 def _known(value: float) -> float | None:
@@ -150,10 +168,8 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}{few}")
         lines.append(f"{f'{method}, {policies[method]:.0f}':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
-    brackets = (
-        f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 % over "
-        "prompts" + (f" and seeds (Student's t; seeds: {several})" if several else "")
-    )
+    brackets = "in brackets: gain over the reference as a share of the optimum's gain, and 95 % over prompts"
+    brackets += f" and seeds (Student's t; seeds: {several})" if several else ""
     counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
     return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
 
@@ -166,5 +182,6 @@ def _shifted(results: Sequence[Result], optimum: Optimum) -> list[str]:
     reward, low, high = (found[f"reward{end}"] for end in ("", "_low", "_high"))
     return [
         f"the reference has a reward of {reward:.2f} ({low:.2f} to {high:.2f}) on the test prompts, but of "
-        f"{optimum.reference:.2f} on those of the optimum: shares are shifted (raise frontier.optimum_prompts)"
+        f"{optimum.reference:.2f} on those of the optimum: every gain is over its own, but rewards of policies and of the "
+        "optimum cannot be compared (raise frontier.optimum_prompts)"
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.evals.frontier import Optimum
-from dpo_jax.lab.report import REFERENCE
+from dpo_jax.lab.report import BEST_OF, REFERENCE
 from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result
 from dpo_jax.lab.world import SECOND
@@ -39,7 +39,7 @@ def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
         }
         if settings:
             label = max(settings, key=lambda label: settings[label]["reward"][""])
-            own = method != "best-of-n"  # measured on other prompts, with its own reference value
+            own = not method.startswith(BEST_OF)  # measured on other prompts, with its own reference value
             before = start if own else _reference_of(optimum)
             rows.append(_row(method, label, settings[label], before) | {"turned": _turned(settings, label)})
     if optimum.beside is not None and optimum.trusted.any():
