@@ -197,3 +197,20 @@ def test_best_of_n_is_a_point_with_its_bound():
     assert found["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
     assert found["reward_low"] < found["reward"] < found["reward_high"]
     assert found["reward"] == pytest.approx(1.03, abs=0.15)  # the expected maximum of four normal numbers
+
+
+def test_best_of_n_by_another_reward_earns_what_that_one_picks_at_its_own_kl():
+    rng = np.random.default_rng(1)
+    rewards, second = rng.normal(size=(2, 50, 64))
+    judge = np.sign(rewards)  # many ties, so less KL than the true reward
+    true, by = (report.best_of_results(rewards, [1, 4, 99], seed=0, by=by, beside=second) for by in (None, judge))
+    assert [(result.run.method, result.run.label) for result in (*true, *by)] == [
+        (f"best-of-n, {name} reward", f"N {n}") for name in ("true", "learned") for n in (1, 4)
+    ]
+    first, four = (result.points[0] for result in by)
+    assert (first["reward"], first["kl"]) == pytest.approx((rewards.mean(), 0.0), abs=1e-9)
+    positive = 1 - 0.5**4  # the chance that one of four is above 0, where a sample has the mean sqrt(2 / pi)
+    assert four["reward"] == pytest.approx((2 * positive - 1) * math.sqrt(2 / math.pi), abs=0.1)
+    assert four["reward"] < true[1].points[0]["reward"] - 0.2
+    assert four["kl"] < 0.8 * true[1].points[0]["kl"]
+    assert abs(four["second_reward"] - second.mean()) < 0.1  # it was not selected by

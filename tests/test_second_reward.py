@@ -166,3 +166,10 @@ def test_samples_of_the_optimum_are_drawn_once(tmp_path):
     assert len(drawn) == 3
     assert len(said) == 1
     assert str(file) in said[0]
+    judged = kept_in(tmp_path / "optimum", {"seed": 1}, say=said.append, learned=True)
+    for _ in range(2):  # the file was written without the learned reward
+        assert judged(0, lambda: draw()._replace(learned=np.ones((2, 3)))).learned is not None
+    assert len(drawn) == 4
+    for _ in range(2):
+        judged(1, draw)  # only the reference's samples have it
+    assert len(drawn) == 5

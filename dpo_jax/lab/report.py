@@ -27,7 +27,8 @@ COLUMNS = (
 REFERENCE = "reference"
 """Method name of the result for the reference itself."""
 BEST_OF = "best-of-n"
-"""Beginning of the method names of Best-of-N, which is measured on the prompts of the optimum."""
+"""Beginning of the method names of Best-of-N, which is measured on the prompts of the optimum. The rest names the reward that
+selects; results of earlier versions lack it, and are by the true reward."""
 
 
 def base_of(results: Sequence[Result], optimum: Optimum, method: str = "") -> float:
@@ -92,10 +93,17 @@ def _point(method: str, setting: str, point: Mapping[str, float], reward: str, *
     return Point(method, setting, point["kl"], point[reward], kl_interval, interval, point.get("kl_bound"), seed)
 
 
-def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None = None) -> dict[str, float]:
-    """Best-of-`n` as a point, with its estimated KL and the analytic bound. `beside`: second reward of the same completions."""
-    found = best_of_n(rewards, n, beside=beside)
-    values = {"reward": found.reward, "kl": found.kl} | ({} if found.beside is None else {SECOND: found.beside})
+def best_of(
+    rewards: np.ndarray, n: int, *, seed: int, by: np.ndarray | None = None, beside: np.ndarray | None = None
+) -> dict[str, float]:
+    """Best-of-`n` as a point, with its estimated KL and the analytic bound. `by`: the reward that selects (default: `rewards`);
+    `beside`: a second reward. All are float64[P, M] of the same completions."""
+    judge = rewards if by is None else by
+    found = best_of_n(judge, n, beside=rewards)
+    assert found.beside is not None
+    values = {"reward": found.beside, "kl": found.kl}
+    if beside is not None:
+        values |= {SECOND: best_of_n(judge, n, beside=beside).beside}
     point = {"step": float(n), "kl_bound": found.kl_bound}
     for name, value in values.items():
         low, high = bootstrap_interval(value, seed)
@@ -104,11 +112,18 @@ def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None
 
 
 def best_of_results(
-    rewards: np.ndarray, several: Sequence[float], *, seed: int, beside: np.ndarray | None = None
+    rewards: np.ndarray,
+    several: Sequence[float],
+    *,
+    seed: int,
+    by: np.ndarray | None = None,
+    beside: np.ndarray | None = None,
 ) -> list[Result]:
-    """Best-of-N from the reference's `rewards[P, M]`, for each N of `several` that is at most M."""
-    points = {int(n): best_of(rewards, int(n), seed=seed, beside=beside) for n in several if n <= rewards.shape[1]}
-    return [Result(Run("best-of-n", f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
+    """Best-of-N from the reference's `rewards[P, M]`, for each N of `several` that is at most M, chosen `by` a learned reward,
+    or by the true one (None)."""
+    method = f"{BEST_OF}, {'true' if by is None else 'learned'} reward"
+    points = {int(n): best_of(rewards, int(n), seed=seed, by=by, beside=beside) for n in several if n <= rewards.shape[1]}
+    return [Result(Run(method, f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
 
 
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
@@ -145,7 +160,7 @@ def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-CELL = 30  # characters of a column
+NAME, CELL = 30, 30  # characters of the first column, and of the others
 
 
 def summary(results: Sequence[Result], optimum: Optimum) -> str:
@@ -154,11 +169,11 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
     mine = {row["method"]: [r for r in results if r.run.method == row["method"]] for row in table}
     seeds = {method: len({r.run.seed for r in found}) for method, found in mine.items()}
     policies = {method: sum(len(r.points) for r in found) / seeds[method] for method, found in mine.items()}
-    lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>{CELL}g}" for at in EQUAL_KL)]
+    lines = [f"{'at equal KL (nats):':{NAME}}" + "".join(f"{at:>{CELL}g}" for at in EQUAL_KL)]
     best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]
     trusted = [at <= optimum.reach for at in EQUAL_KL]
     cells = [f"{value:.2f}" + ("" if sure else " (few samples)") for value, sure in zip(best, trusted, strict=True)]
-    lines.append(f"{'the optimum':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
+    lines.append(f"{'the optimum':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     for method in dict.fromkeys(row["method"] for row in table):
         cells = []
         for row in (row for row in table if row["method"] == method):
@@ -166,7 +181,7 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             percent = "" if share is None else f" ({share:.0%}, {100 * low:.0f} to {100 * high:.0f})"
             few = f" [{row['seeds']} of {seeds[method]}]" if row["seeds"] < seeds[method] else ""
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}{few}")
-        lines.append(f"{f'{method}, {policies[method]:.0f}':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
+        lines.append(f"{f'{method}, {policies[method]:.0f}':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
     brackets = "in brackets: gain over the reference as a share of the optimum's gain, and 95 % over prompts"
     brackets += f" and seeds (Student's t; seeds: {several})" if several else ""

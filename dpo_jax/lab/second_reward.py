@@ -90,12 +90,12 @@ def over_optimised(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[s
 
 def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
     """`gains` as text, with an interpretation in words."""
-    lines = [f"{f'beside {name}:':14}{'at':>16}{'KL':>8}{'gain in reward':>26}{f'in {name}':>28}  "]
+    lines = [f"{f'beside {name}:':26}{'at':>16}{'KL':>8}{'gain in reward':>26}{f'in {name}':>28}  "]
     for row in rows:
         cells = [f"{row[g]:.2f} ({row[f'{g}_low']:.2f} to {row[f'{g}_high']:.2f})" for g in ("gain", "second_gain")]
         turned = f"; the second was higher at {row['turned']}" if row["turned"] else ""
         lines.append(
-            f"{row['method']:14}{row['label']:>16}{row['kl']:>8.2f}{cells[0]:>26}{cells[1]:>28}  {row['reading']}{turned}"
+            f"{row['method']:26}{row['label']:>16}{row['kl']:>8.2f}{cells[0]:>26}{cells[1]:>28}  {row['reading']}{turned}"
         )
     return "\n".join([*lines, words(rows, name=name)])
 
