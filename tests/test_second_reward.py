@@ -52,6 +52,11 @@ def test_methods_at_equal_kl_are_means_over_seeds_with_their_interval(best):
     assert [rows[1.0][f"reward{end}"] for end in expected] == pytest.approx(list(expected.values()))
     assert rows[3.0]["reward"] == pytest.approx(1.0 + 0.5 * 2 / 3)  # a mixture of that seed's own policies
     assert rows[6.0]["reward"] is None
+    far = [*both, one, result("dpo", "beta 0.01", point(10.0, 1.2), seed=1)]
+    beyond = {row["kl"]: row["reward"] for row in report.at_equal_kl(far, best)}
+    assert (rows.keys(), [*beyond]) == ({1.0, 3.0, 6.0}, [1.0, 3.0, 6.0, 9.0])
+    assert beyond[9.0] == pytest.approx(1.5)  # the best within this KL
+    assert "(few samples)" in report.summary(far, best)
     assert "over prompts and seeds" in report.summary([*both, one], best)
 
 

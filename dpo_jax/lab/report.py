@@ -18,7 +18,8 @@ from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.types import Array
 from dpo_jax.writing import writing
 
-EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared
+EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared,
+FAR = (9.0, 12.0)  # and these, if any of them reaches so far
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
     *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut", "labels"),
@@ -126,9 +127,16 @@ def best_of_results(
     return [Result(Run(method, f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
 
 
+def _kls(results: Sequence[Result]) -> tuple[float, ...]:
+    """KLs at which `results` are compared."""
+    reached = max((point["kl"] for result in results for point in result.points), default=0.0)
+    return (*EQUAL_KL, *(at for at in FAR if at <= reached))
+
+
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and its gain as a
-    share of the optimum's gain there. Each gain is over the reference on the same prompts (`base_of`).
+    """For each method and KL (`EQUAL_KL`, `FAR`): reward of the best policy, or mixture of two, within that KL, and its gain as
+    a share of the optimum's. Each gain is over the reference on the same prompts (`base_of`). As the best within a KL,
+    these rewards never fall with it; the figure shows policies whose reward does.
 
     `_low` and `_high`: the same with all rewards at that end of their 95 % intervals. With several seeds, each seed mixes its
     own policies, and these are the mean and the interval of `over_seeds`. `seeds`: how many seeds have a policy that reaches
@@ -138,7 +146,7 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
         base = base_of(results, optimum, method)
         seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
         mine = [[p for r in results if (r.run.method, r.run.seed) == (method, seed) for p in r.points] for seed in seeds]
-        for at in EQUAL_KL:
+        for at in _kls(results):
             mixed = [_mixed(points, at, base) for points in mine if at <= max(point["kl"] for point in points)]
             rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
             row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
@@ -165,13 +173,13 @@ NAME, CELL = 30, 30  # characters of the first column, and of the others
 
 def summary(results: Sequence[Result], optimum: Optimum) -> str:
     """Table of methods by KL as text: reward, and share of the possible gain."""
-    table = at_equal_kl(results, optimum)
+    table, kls = at_equal_kl(results, optimum), _kls(results)
     mine = {row["method"]: [r for r in results if r.run.method == row["method"]] for row in table}
     seeds = {method: len({r.run.seed for r in found}) for method, found in mine.items()}
     policies = {method: sum(len(r.points) for r in found) / seeds[method] for method, found in mine.items()}
-    lines = [f"{'at equal KL (nats):':{NAME}}" + "".join(f"{at:>{CELL}g}" for at in EQUAL_KL)]
-    best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]
-    trusted = [at <= optimum.reach for at in EQUAL_KL]
+    lines = [f"{'at equal KL (nats):':{NAME}}" + "".join(f"{at:>{CELL}g}" for at in kls)]
+    best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in kls]
+    trusted = [at <= optimum.reach for at in kls]
     cells = [f"{value:.2f}" + ("" if sure else " (few samples)") for value, sure in zip(best, trusted, strict=True)]
     lines.append(f"{'the optimum':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     for method in dict.fromkeys(row["method"] for row in table):
