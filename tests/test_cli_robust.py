@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
@@ -14,6 +15,7 @@ from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.robust.setup import shared_settings
 from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.evals.reward_functions import LinearReward
+from dpo_jax.lab.paired import read_prompts
 from dpo_jax.runtime.metrics import read_metrics
 
 CONFIG = (
@@ -92,6 +94,8 @@ def test_shift(place):
         (f, m) for f in ("first", "second") for m in ("dpo", "ppo")
     }
     assert "lost by the shift" in out
+    kept = read_prompts(place / "run" / "robust-shift" / "runs" / "reference-seed0", 2)
+    assert [np.mean(row["reward"]) for row in kept] == pytest.approx([float(row["reward"]) for row in rows[:2]])
     for family, topics in (("first", ("acting", "plot")), ("second", ("craft", "film"))):
         assert (place / "run" / "robust-shift" / "pairs" / f"{family}.jsonl").stat().st_size > 0, topics
 

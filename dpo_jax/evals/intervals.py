@@ -75,7 +75,7 @@ def effective_number(scores: Array, sizes: Array | None = None) -> float:
     return float(centre * (1 - centre) / variance * (len(scores) - 2) / times.sum())
 
 
-def paired_difference(one: Array, other: Array) -> tuple[float, Interval]:
+def paired_difference(one: Sequence[object] | Array, other: Sequence[object] | Array) -> tuple[float, Interval]:
     """Share of `one[n]` minus share of `other[n]`, yes or no for the same n items, with its 95 % interval.
 
     Bonett and Price (2012): items on which only one says yes are counted once more on each side, so a few equal items are not

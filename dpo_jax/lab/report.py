@@ -100,11 +100,12 @@ def best_of(
     """Best-of-`n` as a point, with its estimated KL and the analytic bound. `by`: the reward that selects (default: `rewards`);
     `beside`: a second reward. All are float64[P, M] of the same completions."""
     judge = rewards if by is None else by
-    found = best_of_n(judge, n, beside=rewards)
-    assert found.beside is not None
-    values = {"reward": found.beside, "kl": found.kl}
-    if beside is not None:
-        values |= {SECOND: best_of_n(judge, n, beside=beside).beside}
+    found = best_of_n(judge, n)
+    values = {"kl": found.kl}
+    for name, of in (("reward", rewards), (SECOND, beside)):
+        taken = None if of is None else best_of_n(judge, n, beside=of).beside
+        if taken is not None:
+            values[name] = taken
     point = {"step": float(n), "kl_bound": found.kl_bound}
     for name, value in values.items():
         low, high = bootstrap_interval(value, seed)

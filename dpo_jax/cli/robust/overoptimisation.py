@@ -17,29 +17,25 @@ from dpo_jax.cli.robust.runs import at_width
 from dpo_jax.cli.robust.setup import Setup, per_prompt
 from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.frontier import best_of_n
 from dpo_jax.evals.overoptimisation import FORMS, GainFit, best_by, fit_gains, gain_at
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
+from dpo_jax.lab.paired import read_prompts, write_prompts
 from dpo_jax.lab.ppo import PpoMethod
 from dpo_jax.lab.robust import Grid
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import Observed, Prompts, Scored, with_interval
 from dpo_jax.losses import dpo_loss
-from dpo_jax.shapes import fit
 from dpo_jax.types import Variables
-from dpo_jax.untrusted import Unreadable, read_lines
-from dpo_jax.writing import writing
 
-PROMPTS = "prompts.jsonl"  # in a run's folder: values for every prompt, of the reference and then of each point of the run
-ROW = {"reward": [float], "proxy": [float], "kl": [float]}
 FORM = {"best-of-n": "bon", "dpo": "rl", "ppo": "rl"}  # as Gao et al. fit them; the other form is fitted, too
 LINES = "fits to the true reward; hollow: the learned one"
 POINTS = 40  # points of a drawn curve
 Row = dict[str, np.ndarray]
-"""True reward, learned reward and KL in nats of each prompt: float64[P] each."""
+"""True reward, learned reward and KL in nats of each prompt: float64[P] each. A run keeps those of the reference, then those of
+each of its points."""
 
 
 class Measured(NamedTuple):
@@ -66,8 +62,7 @@ class Experiment:
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         points, rows = self.sizes[run.settings["width"]].perform(run, folder)
-        with writing(folder / PROMPTS) as file:
-            file.writelines(json_text({name: values.tolist() for name, values in row.items()}) + "\n" for row in rows)
+        write_prompts(folder, rows)
         return points
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
@@ -100,11 +95,7 @@ class Experiment:
         return Measured(np.array(kl), np.stack(gains, axis=1), np.array(proxy), np.array(runs))
 
     def _rows(self, result: Result) -> list[dict[str, Any]]:
-        file = self.folder / "runs" / result.run.name / PROMPTS
-        found = read_lines(file, lambda row: fit(row, ROW, "no such row"))
-        if found.damaged or len(found.rows) != len(result.points) + 1:
-            raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {file.parent}, and run again")
-        return found.rows
+        return read_prompts(self.folder / "runs" / result.run.name, len(result.points) + 1, ("reward", "proxy", "kl"))
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
         """The printed tables."""
