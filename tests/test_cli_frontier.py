@@ -93,7 +93,7 @@ def test_every_run_is_measured_and_in_the_table(study):
     assert [float(row["labels"]) for row in table if row["method"] == "online"] == asked
     assert 0 < asked[0] < asked[1] <= 36  # 6 prompts x 3 completions a round; equal ones are asked once
     assert {key: points[key] for key in trained} == dict.fromkeys(trained, 2)
-    best_of_n = {("best-of-n", f"N {n}", "0") for n in (1, 4)}  # 16 samples hold no 64
+    best_of_n = {(f"best-of-n, {by} reward", f"N {n}", "0") for by in ("true", "learned") for n in (1, 4)}  # 16 hold no 64
     assert {key for key in points if key not in trained} == {("reference", "", "0"), *best_of_n}
     assert "at equal KL" in out
     for name in ("frontier.png", "second_reward.png", "displacement.png", "summary.json", "optimum.json"):
@@ -147,15 +147,15 @@ def test_every_policy_is_judged_by_both_other_rewards(study):
     root, _ = study
     rows = [json.loads(line) for line in (root / "run" / "frontier" / "results.jsonl").read_text().splitlines()]
     for row in rows:
-        names = ["second_reward"] if row["method"] == "best-of-n" else ["second_reward", "learned_reward", "tokens"]
+        names = ["second_reward"] if row["label"].startswith("N ") else ["second_reward", "learned_reward", "tokens"]
         for name in names:
             assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], (row["method"], name)
     (start,) = (row for row in rows if row["method"] == "reference")
     assert (start["kl"], start["step"]) == (0, 0)
     summary = json.loads((root / "run" / "frontier" / "summary.json").read_text())["second_reward"]
     assert summary["name"] == "vader"
-    trained = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt", "online"]
-    assert [row["method"] for row in summary["gains"]][: len(trained) + 1] == [*trained, "best-of-n"]
+    measured = ["unlikelihood", "dpo", "rdpo", "ppo", "ppo-gt", "online", "best-of-n, true reward", "best-of-n, learned reward"]
+    assert [row["method"] for row in summary["gains"]][: len(measured)] == measured
     assert summary["words"] in study[1]
     code, _, err = call("report", root / "run", "--report.out", root / "page")
     assert code == 0, err

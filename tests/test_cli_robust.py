@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
@@ -14,6 +15,8 @@ from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.robust.setup import shared_settings
 from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.evals.reward_functions import LinearReward
+from dpo_jax.lab.paired import read_prompts
+from dpo_jax.runtime.metrics import read_metrics
 
 CONFIG = (
     TOY_WORLD
@@ -91,6 +94,8 @@ def test_shift(place):
         (f, m) for f in ("first", "second") for m in ("dpo", "ppo")
     }
     assert "lost by the shift" in out
+    kept = read_prompts(place / "run" / "robust-shift" / "runs" / "reference-seed0", 2)
+    assert [np.mean(row["reward"]) for row in kept] == pytest.approx([float(row["reward"]) for row in rows[:2]])
     for family, topics in (("first", ("acting", "plot")), ("second", ("craft", "film"))):
         assert (place / "run" / "robust-shift" / "pairs" / f"{family}.jsonl").stat().st_size > 0, topics
 
@@ -143,6 +148,11 @@ def test_overoptimisation(place):
     for width in (32, 48):
         config = json.loads((place / "run" / f"width-{width}" / "sft" / "export" / "config.json").read_text())
         assert config["hidden_size"] == width
+    folder = place / "run" / "robust-overoptimisation"
+    for pattern in ("runs/dpo-width-32-*", "runs/dpo-width-48-*", "width-32/reward_models/*", "width-48/reward_models/*"):
+        paths = sorted(folder.glob(f"{pattern}/metrics.jsonl"))
+        of_12, of_24 = (max(row["step"] for row in read_metrics(path)) for path in paths)
+        assert of_24 <= of_12 <= of_24 + 1, "twice the prompts take the same number of steps"
     assert "true reward falls" in out
     (place / "run" / "robust-overoptimisation" / "runs" / "best-of-n-width-32-prompts-12-seed0" / "prompts.jsonl").write_text(
         ""

@@ -196,7 +196,7 @@ def test_what_injections_achieve():
     obedient = {name: outcome_under(words, fence=True, heeds_fence=False) for name, words in INJECTIONS.items()}
     assert obedient == {
         **dict.fromkeys(INJECTIONS, "flipped"),
-        "nothing": "lost",
+        **dict.fromkeys(("nothing", "neutral"), "lost"),
         "itself": "won",
         "no answer": "failed",
         "a tie": "failed",

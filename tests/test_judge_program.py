@@ -163,20 +163,20 @@ def test_injections_are_tried_on_the_judge_that_is_asked(tmp_path, monkeypatch, 
         code, out = call(*flags, "--judge.injections", 3, "--judge.max-requests", 20)
         assert (code, len(judge.headers)) == (75, 20), out
         code, out = call(*flags, "--judge.injections", 3)
-        assert (code, len(judge.headers)) == (0, 10 + 3 * 9 * 2), out
+        assert (code, len(judge.headers)) == (0, 10 + 3 * 10 * 2), out
         report = json.loads((tmp_path / "run/judge/report.json").read_text())
         achieved = {row["injection"]: {name: n for name, n in row.items() if n == 3} for row in report["injections"]}
         obeyed = (
             dict.fromkeys(achieved, {"flipped": 3})
-            | {"itself": {"won": 3}}
+            | {"itself": {"won": 3}, "neutral": {"lost": 3}}
             | dict.fromkeys(("no answer", "a tie"), {"failed": 3})
         )
         assert achieved == (dict.fromkeys(achieved, {"lost": 3}) if heeds_fence else obeyed)
-        assert re.search(r"^itself +(3 +0 +0|0 +0 +3) +0 +0$", out, re.MULTILINE)
+        assert re.search(r"^itself +(3 +0 +0 +0 +0 +0.00 +0.00|0 +0 +3 +0 +0 +1.00 +1.00) \(", out, re.MULTILINE)
         # They are in no win rate, and the log that holds them is still that of these texts.
-        assert (report["questions"], report["answers"], report["outcomes"]["lost"], report["requests"]) == (10, 10, 5, 64)
+        assert (report["questions"], report["answers"], report["outcomes"]["lost"], report["requests"]) == (10, 10, 5, 70)
         assert call(*flags)[0] == 0
-        assert len(judge.headers) == 64
+        assert len(judge.headers) == 70
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,23 @@ def test_labels_are_counted_to_where_a_share_of_the_gain_is_reached():
     assert (b["each"], b["labels"]) == ([None], None)
     assert "not reached" in label_words([a, b])
     assert label_table([offline], best) == []
-    _, shares = shares_by_labels(results[0].points, 1.5, best)
+    _, shares = shares_by_labels(results[0].points, 1.5, best, best.reference)
     assert np.all(np.diff(shares) >= 0)
-    assert np.isnan(shares_by_labels(results[0].points, 1e3, best)[1]).all()
+    assert np.isnan(shares_by_labels(results[0].points, 1e3, best, best.reference)[1]).all()
+
+
+def test_labels_of_two_betas_are_not_those_of_more_seeds():
+    best = optimum(np.random.default_rng(0).normal(size=(50, 4000)), [np.inf, *np.geomspace(20, 0.25, 60)], seed=0)
+
+    def result(beta, seed, kl, reward):
+        return Result(Run("online", f"beta {beta}", {"beta": beta}, seed), [point(1, kl, reward) | {"labels": 100.0}], 0.0)
+
+    far, near = [result(0.2, seed, 1.5, 1.7) for seed in (0, 1)], [result(0.6, seed, 0.01, 0.1) for seed in (0, 1)]
+    some, none = label_table([*far, *near], best, share=0.4, at=1.5)
+    assert (some["label"], none["label"]) == ("beta 0.2", "beta 0.6")
+    assert (len(some["each"]), none["each"]) == (2, [None, None])
+    assert 0 < some["labels"] < 100
+    assert "beta 0.6" in label_words([some, none])
 
 
 def table_of(results):
@@ -145,10 +159,10 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     text = report.summary(results, best)
     assert "(100%, " in text
     assert "(50%, " in text
-    assert "shares are shifted" not in text
+    assert "cannot be compared" not in text
     for reward, told in ((best.reference + 0.05, False), (best.reference + 0.5, True)):  # its interval is +- 0.1
         reference = Result(Run(report.REFERENCE, "", {}, 0), [point(0, 0.0, reward)], 1.0)
-        assert ("shares are shifted" in report.summary([reference, *results], best)) is told
+        assert ("cannot be compared" in report.summary([reference, *results], best)) is told
     table = report.rows(results, best)
     assert [row["regret"] for row in table[:2]] == [pytest.approx(0, abs=0.02), pytest.approx(0.5, abs=0.02)]
     report.write(tmp_path, table)
@@ -159,9 +173,44 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     assert len(rest) == 3
 
 
+def test_prompts_on_which_the_reference_is_better_are_no_gain_of_a_policy(best):
+    """Policies are measured on the test prompts, the optimum and Best-of-N on others, each with a reference of its own."""
+    gain = float(np.interp(1.0, np.sqrt(best.kl), best.reward)) - best.reference
+    at_first = best.reference + 0.3
+    results = [
+        Result(Run(report.REFERENCE, "", {}, 0), [point(0, 0.0, at_first)], 1.0),
+        Result(Run("idle", "a", {}, 0), [point(1, 1.0, at_first)], 1.0),
+        Result(Run("half", "a", {}, 0), [point(1, 2.0, at_first + gain) | {"labels": 100.0}], 1.0),  # at KL 1 a mixture
+        Result(Run("best-of-n", "N 4", {}, 0), [point(4, 1.0, best.reference + gain / 2)], 1.0),
+    ]
+    shares = {row["method"]: row["share_of_gain"] for row in report.at_equal_kl(results, best) if row["kl"] == 1}
+    assert shares == pytest.approx({"idle": 0.0, "half": 0.5, "best-of-n": 0.5}, abs=0.01)
+    missed = {row["method"]: row["regret"] for row in report.rows(results, best) if row["kl"] == 1}
+    assert missed == pytest.approx({"idle": 1.0, "best-of-n": 0.5}, abs=0.01)
+    (spent,) = label_table(results, best, share=0.25, at=1.0)
+    assert spent["labels"] == pytest.approx(50.0, rel=0.02)
+
+
 def test_best_of_n_is_a_point_with_its_bound():
     rewards = np.random.default_rng(1).normal(size=(50, 64))
     found = report.best_of(rewards, 4, seed=0)
     assert found["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
     assert found["reward_low"] < found["reward"] < found["reward_high"]
     assert found["reward"] == pytest.approx(1.03, abs=0.15)  # the expected maximum of four normal numbers
+
+
+def test_best_of_n_by_another_reward_earns_what_that_one_picks_at_its_own_kl():
+    rng = np.random.default_rng(1)
+    rewards, second = rng.normal(size=(2, 50, 64))
+    judge = np.sign(rewards)  # many ties, so less KL than the true reward
+    true, by = (report.best_of_results(rewards, [1, 4, 99], seed=0, by=by, beside=second) for by in (None, judge))
+    assert [(result.run.method, result.run.label) for result in (*true, *by)] == [
+        (f"best-of-n, {name} reward", f"N {n}") for name in ("true", "learned") for n in (1, 4)
+    ]
+    first, four = (result.points[0] for result in by)
+    assert (first["reward"], first["kl"]) == pytest.approx((rewards.mean(), 0.0), abs=1e-9)
+    positive = 1 - 0.5**4  # the chance that one of four is above 0, where a sample has the mean sqrt(2 / pi)
+    assert four["reward"] == pytest.approx((2 * positive - 1) * math.sqrt(2 / math.pi), abs=0.1)
+    assert four["reward"] < true[1].points[0]["reward"] - 0.2
+    assert four["kl"] < 0.8 * true[1].points[0]["kl"]
+    assert abs(four["second_reward"] - second.mean()) < 0.1  # it was not selected by

@@ -46,12 +46,17 @@ def test_two_seeds_have_the_interval_of_students_t_and_prompts_together():
 def test_methods_at_equal_kl_are_means_over_seeds_with_their_interval(best):
     both = [result("dpo", "beta 1", point(1.0, reward), seed=seed) for seed, reward in enumerate((0.8, 1.0))]
     one = result("dpo", "beta 0.1", point(4.0, 1.5), seed=1)  # the other seed does not go that far
-    rows = {row["kl"]: row for row in report.at_equal_kl([*both, one, result("reference", "", point(0, 9))], best)}
+    rows = {row["kl"]: row for row in report.at_equal_kl([*both, one, result("reference", "", point(0, 0))], best)}
     expected = over_seeds([point(1, 0.8), point(1, 1.0)], "reward")
     assert (rows[1.0]["seeds"], rows[3.0]["seeds"], rows[6.0]["seeds"]) == (2, 1, 0)
     assert [rows[1.0][f"reward{end}"] for end in expected] == pytest.approx(list(expected.values()))
     assert rows[3.0]["reward"] == pytest.approx(1.0 + 0.5 * 2 / 3)  # a mixture of that seed's own policies
     assert rows[6.0]["reward"] is None
+    far = [*both, one, result("dpo", "beta 0.01", point(10.0, 1.2), seed=1)]
+    beyond = {row["kl"]: row["reward"] for row in report.at_equal_kl(far, best)}
+    assert (rows.keys(), [*beyond]) == ({1.0, 3.0, 6.0}, [1.0, 3.0, 6.0, 9.0])
+    assert beyond[9.0] == pytest.approx(1.5)  # the best within this KL
+    assert "(few samples)" in report.summary(far, best)
     assert "over prompts and seeds" in report.summary([*both, one], best)
 
 
@@ -166,3 +171,10 @@ def test_samples_of_the_optimum_are_drawn_once(tmp_path):
     assert len(drawn) == 3
     assert len(said) == 1
     assert str(file) in said[0]
+    judged = kept_in(tmp_path / "optimum", {"seed": 1}, say=said.append, learned=True)
+    for _ in range(2):  # the file was written without the learned reward
+        assert judged(0, lambda: draw()._replace(learned=np.ones((2, 3)))).learned is not None
+    assert len(drawn) == 4
+    for _ in range(2):
+        judged(1, draw)  # only the reference's samples have it
+    assert len(drawn) == 5

@@ -75,6 +75,25 @@ def effective_number(scores: Array, sizes: Array | None = None) -> float:
     return float(centre * (1 - centre) / variance * (len(scores) - 2) / times.sum())
 
 
+def paired_difference(one: Sequence[object] | Array, other: Sequence[object] | Array) -> tuple[float, Interval]:
+    """Share of `one[n]` minus share of `other[n]`, yes or no for the same n items, with its 95 % interval.
+
+    Bonett and Price (2012): items on which only one says yes are counted once more on each side, so a few equal items are not
+    certainty. Needs at least one item.
+
+    >>> value, (low, high) = paired_difference([True, True, True, True], [False, False, False, True])
+    >>> value, round(low, 2), high
+    (0.75, -0.11, 1.0)
+    """
+    one, other = np.asarray(one, bool), np.asarray(other, bool)
+    if one.shape != other.shape or one.ndim != 1 or not len(one):
+        raise ValueError(f"items of shape {one.shape} and {other.shape}: two equal lists, not empty, are expected")
+    more, less, items = int((one & ~other).sum()), int((other & ~one).sum()), len(one)
+    up, down = (more + 1) / (items + 2), (less + 1) / (items + 2)
+    half = 1.959964 * math.sqrt((up + down - (up - down) ** 2) / (items + 2))
+    return (more - less) / items, (max(-1.0, up - down - half), min(1.0, up - down + half))
+
+
 def mean_with_error(values: Array) -> tuple[float, float]:
     """Mean and its standard error (0 for a single value)."""
     values = np.asarray(values, np.float64)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from dpo_jax.evals.frontier import Optimum, mixture_log_ratios, optimum
+from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import SECOND, Prompts, World
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.progress import reported
@@ -28,6 +29,7 @@ class Drawn(NamedTuple):
     rewards: np.ndarray  # float64[P, M]
     logps: np.ndarray  # float64[P, M, C], nats, under each policy of the mixture
     beside: np.ndarray | None  # float64[P, M], the second reward, if any
+    learned: np.ndarray | None = None  # float64[P, M], a learned reward of the reference's own, if any
 
 
 Keep = Callable[[int, Callable[[], Drawn]], Drawn]
@@ -41,12 +43,14 @@ def estimate(
     samples: int,
     policies: Sequence[Variables],
     seed: int,
+    learned: Reward | None = None,
     keep: Keep = lambda number, draw: draw(),
 ) -> tuple[Optimum, Drawn]:
     """The optimum, and the scores of the reference's own completions, for Best-of-N.
 
     Half of the completions come from the reference, the others in equal parts from `policies`: the reference alone reaches only
-    about log M nats. Importance weights correct for the mixture. `keep`: see `kept_in`.
+    about log M nats. Importance weights correct for the mixture. `learned` also scores the reference's own completions, for
+    Best-of-N. `keep`: see `kept_in`.
     """
     drawn_from = [world.reference, *policies]
     counts = [samples, *[max(1, samples // len(policies))] * len(policies)] if policies else [samples]
@@ -62,7 +66,8 @@ def estimate(
             for policy in drawn_from
         ]
         beside = None if second is None else second(repeated.texts, drawn.texts).reshape(shape)
-        return Drawn(scored.rewards.reshape(shape), np.stack(under, axis=-1).reshape(*shape, len(drawn_from)), beside)
+        judged = None if learned is None or number else learned(repeated.texts, drawn.texts).reshape(shape)
+        return Drawn(scored.rewards.reshape(shape), np.stack(under, axis=-1).reshape(*shape, len(drawn_from)), beside, judged)
 
     found = [keep(number, lambda number=number: draw(number)) for number in range(len(drawn_from))]
     shares = np.array(counts) / sum(counts)
@@ -74,18 +79,19 @@ def estimate(
         return optimum(rewards, BETAS, seed=seed, log_ratios=log_ratios, beside=beside), found[0]
 
 
-def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], None]) -> Keep:
-    """A `Keep` with a file for each policy in `folder`. Files with another `identity` or with damage (reported) are made again.
+def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], None], learned: bool = False) -> Keep:
+    """A `Keep` with a file for each policy in `folder`. Files with another `identity` or with damage (reported) are made again,
+    and the reference's if it lacks a `learned` reward.
 
     With several hosts, which share the folder, the first one writes; if any host cannot read a file, all draw again.
     """
     known = json.dumps(identity, sort_keys=True)
 
-    def earlier(file: Path) -> Drawn | None:
+    def earlier(file: Path, number: int) -> Drawn | None:
         try:
             with reading(file), np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
-                if str(found["identity"]) == known:
-                    return Drawn(found["rewards"], found["logps"], found.get("beside"))
+                if str(found["identity"]) == known and ("learned" in found or number or not learned):
+                    return Drawn(found["rewards"], found["logps"], found.get("beside"), found.get("learned"))
         except FileNotFoundError:
             pass
         except Unreadable as error:
@@ -94,7 +100,7 @@ def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], N
 
     def keep(number: int, draw: Callable[[], Drawn]) -> Drawn:
         file = folder / f"{number}.npz"
-        found = earlier(file)
+        found = earlier(file, number)
         if not hosts.anywhere(found is None) and found is not None:
             return found
         drawn, buffer = draw(), io.BytesIO()

@@ -15,9 +15,11 @@ from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval
 from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import LEARNED, SECOND
+from dpo_jax.types import Array
 from dpo_jax.writing import writing
 
-EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared
+EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared,
+FAR = (9.0, 12.0)  # and these, if any of them reaches so far
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
     *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut", "labels"),
@@ -25,6 +27,22 @@ COLUMNS = (
 )
 REFERENCE = "reference"
 """Method name of the result for the reference itself."""
+BEST_OF = "best-of-n"
+"""Beginning of the method names of Best-of-N, which is measured on the prompts of the optimum. The rest names the reward that
+selects; results of earlier versions lack it, and are by the true reward."""
+
+
+def base_of(results: Sequence[Result], optimum: Optimum, method: str = "") -> float:
+    """Reward of the reference on the prompts on which `method` was measured: the test prompts, for Best-of-N those of the
+    optimum. Without a result for the reference, always those of the optimum."""
+    start = [result.points[-1]["reward"] for result in results if result.run.method == REFERENCE]
+    return optimum.reference if method.startswith(BEST_OF) or not start else start[0]
+
+
+def missed_share(reward: Array | float, kl: Array | float, optimum: Optimum, base: float) -> np.ndarray:
+    """`regret` of a gain: of `reward` over the reference's reward `base` on the same prompts, where the optimum's gain is over
+    `optimum.reference`. A difference of the two sets of prompts is then no gain of the policy."""
+    return regret(np.asarray(reward) - base + optimum.reference, kl, optimum, optimum.reference)
 
 
 def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
@@ -32,9 +50,10 @@ def rows(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
     too low where `trusted` is false, because the optimum rests on few samples there."""
     found = []
     for result in results:
+        base = base_of(results, optimum, result.run.method)
         run = {"method": result.run.method, "label": result.run.label, "seed": result.run.seed, "seconds": result.seconds}
         for point in result.points:
-            missed = float(regret(point["reward"], point["kl"], optimum, optimum.reference))
+            missed = float(missed_share(point["reward"], point["kl"], optimum, base))
             trusted = point["kl"] <= optimum.reach
             found.append({**run, **point, "regret": None if math.isnan(missed) else missed, "trusted": trusted})
     return found
@@ -75,10 +94,18 @@ def _point(method: str, setting: str, point: Mapping[str, float], reward: str, *
     return Point(method, setting, point["kl"], point[reward], kl_interval, interval, point.get("kl_bound"), seed)
 
 
-def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None = None) -> dict[str, float]:
-    """Best-of-`n` as a point, with its estimated KL and the analytic bound. `beside`: second reward of the same completions."""
-    found = best_of_n(rewards, n, beside=beside)
-    values = {"reward": found.reward, "kl": found.kl} | ({} if found.beside is None else {SECOND: found.beside})
+def best_of(
+    rewards: np.ndarray, n: int, *, seed: int, by: np.ndarray | None = None, beside: np.ndarray | None = None
+) -> dict[str, float]:
+    """Best-of-`n` as a point, with its estimated KL and the analytic bound. `by`: the reward that selects (default: `rewards`);
+    `beside`: a second reward. All are float64[P, M] of the same completions."""
+    judge = rewards if by is None else by
+    found = best_of_n(judge, n)
+    values = {"kl": found.kl}
+    for name, of in (("reward", rewards), (SECOND, beside)):
+        taken = None if of is None else best_of_n(judge, n, beside=of).beside
+        if taken is not None:
+            values[name] = taken
     point = {"step": float(n), "kl_bound": found.kl_bound}
     for name, value in values.items():
         low, high = bootstrap_interval(value, seed)
@@ -87,60 +114,75 @@ def best_of(rewards: np.ndarray, n: int, *, seed: int, beside: np.ndarray | None
 
 
 def best_of_results(
-    rewards: np.ndarray, several: Sequence[float], *, seed: int, beside: np.ndarray | None = None
+    rewards: np.ndarray,
+    several: Sequence[float],
+    *,
+    seed: int,
+    by: np.ndarray | None = None,
+    beside: np.ndarray | None = None,
 ) -> list[Result]:
-    """Best-of-N from the reference's `rewards[P, M]`, for each N of `several` that is at most M."""
-    points = {int(n): best_of(rewards, int(n), seed=seed, beside=beside) for n in several if n <= rewards.shape[1]}
-    return [Result(Run("best-of-n", f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
+    """Best-of-N from the reference's `rewards[P, M]`, for each N of `several` that is at most M, chosen `by` a learned reward,
+    or by the true one (None)."""
+    method = f"{BEST_OF}, {'true' if by is None else 'learned'} reward"
+    points = {int(n): best_of(rewards, int(n), seed=seed, by=by, beside=beside) for n in several if n <= rewards.shape[1]}
+    return [Result(Run(method, f"N {n}", {"n": n}, seed), [point], 0.0) for n, point in points.items()]
+
+
+def _kls(results: Sequence[Result]) -> tuple[float, ...]:
+    """KLs at which `results` are compared."""
+    reached = max((point["kl"] for result in results for point in result.points), default=0.0)
+    return (*EQUAL_KL, *(at for at in FAR if at <= reached))
 
 
 def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
-    """For each method and KL of `EQUAL_KL`: the reward of the best policy, or mixture of two, within that KL, and its share of
-    the optimum's gain there.
+    """For each method and KL (`EQUAL_KL`, `FAR`): reward of the best policy, or mixture of two, within that KL, and its gain as
+    a share of the optimum's. Each gain is over the reference on the same prompts (`base_of`). As the best within a KL,
+    these rewards never fall with it; the figure shows policies whose reward does.
 
     `_low` and `_high`: the same with all rewards at that end of their 95 % intervals. With several seeds, each seed mixes its
     own policies, and these are the mean and the interval of `over_seeds`. `seeds`: how many seeds have a policy that reaches
     this KL. Values are None where no seed reaches it, or where the optimum cannot be trusted."""
     found = []
     for method in dict.fromkeys(result.run.method for result in results if result.run.method != REFERENCE):
+        base = base_of(results, optimum, method)
         seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
         mine = [[p for r in results if (r.run.method, r.run.seed) == (method, seed) for p in r.points] for seed in seeds]
-        for at in EQUAL_KL:
-            mixed = [_mixed(points, at, optimum) for points in mine if at <= max(point["kl"] for point in points)]
+        for at in _kls(results):
+            mixed = [_mixed(points, at, base) for points in mine if at <= max(point["kl"] for point in points)]
             rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
             row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
             for end, reward in rewards.items():
-                missed = float(regret(reward, at, optimum, optimum.reference)) if at <= optimum.reach else math.nan
+                missed = float(missed_share(reward, at, optimum, base)) if at <= optimum.reach else math.nan
                 row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(1 - missed)}
             found.append(row)
     return found
 
 
-def _mixed(points: Sequence[Mapping[str, float]], at: float, optimum: Optimum) -> dict[str, float]:
-    """Reward of the best mixture of two of `points`, or of one and the reference, within a KL of `at`."""
+def _mixed(points: Sequence[Mapping[str, float]], at: float, base: float) -> dict[str, float]:
+    """Reward of the best mixture of two of `points`, or of one and the reference (reward `base`), within a KL of `at`."""
     kls = np.array([0.0, *(p["kl"] for p in points)])
     ends = [f"reward{end}" for end in ("", "_low", "_high")]
-    return {end: envelope(kls, np.array([optimum.reference, *(p[end] for p in points)]), at) for end in ends}
+    return {end: envelope(kls, np.array([base, *(p[end] for p in points)]), at) for end in ends}
 
 
 def _known(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-CELL = 30  # characters of a column
+NAME, CELL = 30, 30  # characters of the first column, and of the others
 
 
 def summary(results: Sequence[Result], optimum: Optimum) -> str:
     """Table of methods by KL as text: reward, and share of the possible gain."""
-    table = at_equal_kl(results, optimum)
+    table, kls = at_equal_kl(results, optimum), _kls(results)
     mine = {row["method"]: [r for r in results if r.run.method == row["method"]] for row in table}
     seeds = {method: len({r.run.seed for r in found}) for method, found in mine.items()}
     policies = {method: sum(len(r.points) for r in found) / seeds[method] for method, found in mine.items()}
-    lines = [f"{'at equal KL (nats):':22}" + "".join(f"{at:>{CELL}g}" for at in EQUAL_KL)]
-    best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in EQUAL_KL]
-    trusted = [at <= optimum.reach for at in EQUAL_KL]
+    lines = [f"{'at equal KL (nats):':{NAME}}" + "".join(f"{at:>{CELL}g}" for at in kls)]
+    best = [float(np.interp(at, optimum.kl, optimum.reward)) for at in kls]
+    trusted = [at <= optimum.reach for at in kls]
     cells = [f"{value:.2f}" + ("" if sure else " (few samples)") for value, sure in zip(best, trusted, strict=True)]
-    lines.append(f"{'the optimum':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
+    lines.append(f"{'the optimum':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     for method in dict.fromkeys(row["method"] for row in table):
         cells = []
         for row in (row for row in table if row["method"] == method):
@@ -148,12 +190,10 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             percent = "" if share is None else f" ({share:.0%}, {100 * low:.0f} to {100 * high:.0f})"
             few = f" [{row['seeds']} of {seeds[method]}]" if row["seeds"] < seeds[method] else ""
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}{few}")
-        lines.append(f"{f'{method}, {policies[method]:.0f}':22}" + "".join(f"{cell:>{CELL}}" for cell in cells))
+        lines.append(f"{f'{method}, {policies[method]:.0f}':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
-    brackets = (
-        f"in brackets: share of the optimum's gain over the reference, whose reward is {optimum.reference:.2f}, and 95 % over "
-        "prompts" + (f" and seeds (Student's t; seeds: {several})" if several else "")
-    )
+    brackets = "in brackets: gain over the reference as a share of the optimum's gain, and 95 % over prompts"
+    brackets += f" and seeds (Student's t; seeds: {several})" if several else ""
     counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
     return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
 
@@ -166,5 +206,6 @@ def _shifted(results: Sequence[Result], optimum: Optimum) -> list[str]:
     reward, low, high = (found[f"reward{end}"] for end in ("", "_low", "_high"))
     return [
         f"the reference has a reward of {reward:.2f} ({low:.2f} to {high:.2f}) on the test prompts, but of "
-        f"{optimum.reference:.2f} on those of the optimum: shares are shifted (raise frontier.optimum_prompts)"
+        f"{optimum.reference:.2f} on those of the optimum: every gain is over its own, but rewards of policies and of the "
+        "optimum cannot be compared (raise frontier.optimum_prompts)"
     ]

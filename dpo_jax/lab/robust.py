@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,7 +37,8 @@ def gain_at_kl(by_seed: Iterable[Points], at: float, *, reference: float) -> Val
     """Gain in true reward over the `reference` by the best policy, or mixture of two, within a KL of `at`.
 
     `by_seed`: the policies of each seed. A seed without a policy that reaches this KL is left out; None if all seeds are. The
-    value says how many of the "seeds" are in it, out of those "of".
+    value says how many of the "seeds" are in it, out of those "of". The reference counts as exact; where rewards were kept for
+    every prompt, `paired.gains_at_kl` includes its scatter.
     """
     mixed, several = [], [*by_seed]
     for points in several:
@@ -46,22 +47,6 @@ def gain_at_kl(by_seed: Iterable[Points], at: float, *, reference: float) -> Val
             gains = {end: np.array([0.0, *(p[f"reward{end}"] - reference for p in points)]) for end in ENDS}
             mixed.append({f"gain{end}": envelope(kls, gains[end], at) for end in ENDS})
     return over_seeds(mixed, "gain") | {"seeds": len(mixed), "of": len(several)} if mixed else None
-
-
-def best_setting(results: Sequence[Result], *, reference: float) -> dict[str, Any]:
-    """The setting whose last points have the highest mean over seeds: its label, gain (`Value`) and KL."""
-    found = []
-    for label in dict.fromkeys(r.run.label for r in results):
-        last = [r.points[-1] for r in results if r.run.label == label]
-        gain = {end: value - reference for end, value in over_seeds(last, "reward").items()}
-        found.append({"label": label, "gain": gain, "kl": float(np.mean([p["kl"] for p in last]))})
-    return max(found, key=lambda setting: setting["gain"][""])
-
-
-def gains_of(results: Iterable[Result], reference: float) -> list[tuple[float, float, float, float]]:
-    """(KL, gain over the reference, and its interval) of every measured point, for a figure."""
-    mine = [point for result in results for point in result.points]
-    return [(p["kl"], p["reward"] - reference, p["reward_low"] - reference, p["reward_high"] - reference) for p in mine]
 
 
 def by_seed(results: Iterable[Result]) -> list[Points]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.evals.frontier import Optimum
-from dpo_jax.lab.report import REFERENCE
+from dpo_jax.lab.report import BEST_OF, REFERENCE
 from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result
 from dpo_jax.lab.world import SECOND
@@ -39,7 +39,7 @@ def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
         }
         if settings:
             label = max(settings, key=lambda label: settings[label]["reward"][""])
-            own = method != "best-of-n"  # measured on other prompts, with its own reference value
+            own = not method.startswith(BEST_OF)  # measured on other prompts, with its own reference value
             before = start if own else _reference_of(optimum)
             rows.append(_row(method, label, settings[label], before) | {"turned": _turned(settings, label)})
     if optimum.beside is not None and optimum.trusted.any():
@@ -90,12 +90,12 @@ def over_optimised(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[s
 
 def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
     """`gains` as text, with an interpretation in words."""
-    lines = [f"{f'beside {name}:':14}{'at':>16}{'KL':>8}{'gain in reward':>26}{f'in {name}':>28}  "]
+    lines = [f"{f'beside {name}:':26}{'at':>16}{'KL':>8}{'gain in reward':>26}{f'in {name}':>28}  "]
     for row in rows:
         cells = [f"{row[g]:.2f} ({row[f'{g}_low']:.2f} to {row[f'{g}_high']:.2f})" for g in ("gain", "second_gain")]
         turned = f"; the second was higher at {row['turned']}" if row["turned"] else ""
         lines.append(
-            f"{row['method']:14}{row['label']:>16}{row['kl']:>8.2f}{cells[0]:>26}{cells[1]:>28}  {row['reading']}{turned}"
+            f"{row['method']:26}{row['label']:>16}{row['kl']:>8.2f}{cells[0]:>26}{cells[1]:>28}  {row['reading']}{turned}"
         )
     return "\n".join([*lines, words(rows, name=name)])
 

@@ -83,7 +83,9 @@ def run(config: Config) -> int:
         best, drawn = study.optimum(results)
         if "best-of-n" in config.frontier.chosen():
             several = numbers(config.frontier.best_of)
-            results += report.best_of_results(drawn.rewards, several, seed=config.run.seed, beside=drawn.beside)
+            judges = [None] if drawn.learned is None else [None, drawn.learned]
+            for by in judges:
+                results += report.best_of_results(drawn.rewards, several, seed=config.run.seed, by=by, beside=drawn.beside)
         if hosts.is_first():
             _write(run_dir, results, best, second=config.frontier.second_reward or "")
     return 0
@@ -231,8 +233,13 @@ class _Study:
         identity = {"shared": self.shared, **sizes, "mixed": runs, "ended": ended}
         if len(prompts.ids) > len(world.test.ids):  # otherwise they are the first of those, and in `shared`
             identity["prompts"] = prompts.digest()
-        keep = kept_in(self.run_dir.path / "optimum", identity, say=functools.partial(print, flush=True))
-        how = {"samples": section.optimum_samples, "policies": policies, "seed": self.config.run.seed, "keep": keep}
+        # Best-of-N by the reward that PPO learns from, as in the paper. It is made only if samples have to be scored.
+        judge = (lambda asked, said: self.learned_reward(asked, said)) if {"ppo", "best-of-n"} <= {*section.chosen()} else None
+        keep = kept_in(
+            self.run_dir.path / "optimum", identity, say=functools.partial(print, flush=True), learned=judge is not None
+        )
+        how = {"samples": section.optimum_samples, "policies": policies, "seed": self.config.run.seed}
+        how |= {"keep": keep, "learned": judge}
         return estimate(self.optimum_world, prompts, **how)
 
 
@@ -244,7 +251,7 @@ def _continues(folder: Path, shared: Mapping[str, Any]) -> bool:
 
 
 def _on_pairs(result: Result) -> bool:
-    return not result.run.method.startswith(("ppo", "best-of-n", report.REFERENCE, "online"))
+    return not result.run.method.startswith(("ppo", report.BEST_OF, report.REFERENCE, "online"))
 
 
 def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second: str) -> None:

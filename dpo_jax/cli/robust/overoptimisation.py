@@ -17,29 +17,25 @@ from dpo_jax.cli.robust.runs import at_width
 from dpo_jax.cli.robust.setup import Setup, per_prompt
 from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.frontier import best_of_n
 from dpo_jax.evals.overoptimisation import FORMS, GainFit, best_by, fit_gains, gain_at
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
+from dpo_jax.lab.paired import read_prompts, write_prompts
 from dpo_jax.lab.ppo import PpoMethod
 from dpo_jax.lab.robust import Grid
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import Observed, Prompts, Scored, with_interval
 from dpo_jax.losses import dpo_loss
-from dpo_jax.shapes import fit
 from dpo_jax.types import Variables
-from dpo_jax.untrusted import Unreadable, read_lines
-from dpo_jax.writing import writing
 
-PROMPTS = "prompts.jsonl"  # in a run's folder: values for every prompt, of the reference and then of each point of the run
-ROW = {"reward": [float], "proxy": [float], "kl": [float]}
 FORM = {"best-of-n": "bon", "dpo": "rl", "ppo": "rl"}  # as Gao et al. fit them; the other form is fitted, too
 LINES = "fits to the true reward; hollow: the learned one"
 POINTS = 40  # points of a drawn curve
 Row = dict[str, np.ndarray]
-"""True reward, learned reward and KL in nats of each prompt: float64[P] each."""
+"""True reward, learned reward and KL in nats of each prompt: float64[P] each. A run keeps those of the reference, then those of
+each of its points."""
 
 
 class Measured(NamedTuple):
@@ -60,12 +56,13 @@ class Experiment:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.folder = config, folder
         self.sizes = {w: Size(at_width(config, w), folder / f"width-{w}") for w in config.robust.counts("widths")}
-        self.shared = {"widths": {str(w): size.setup.shared for w, size in self.sizes.items()}}
+        widths = {str(w): size.setup.shared for w, size in self.sizes.items()}
+        # Earlier versions took one pass over any number of prompts.
+        self.shared = {"widths": widths, "steps": f"as many as for {max(config.robust.counts('train_prompts'))} prompts"}
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         points, rows = self.sizes[run.settings["width"]].perform(run, folder)
-        with writing(folder / PROMPTS) as file:
-            file.writelines(json_text({name: values.tolist() for name, values in row.items()}) + "\n" for row in rows)
+        write_prompts(folder, rows)
         return points
 
     def summary(self, results: Sequence[Result]) -> tuple[dict[str, Any], list[Curve]]:
@@ -74,6 +71,7 @@ class Experiment:
         found, curves = [], []
         for width, method, count in itertools.product(section.counts("widths"), FORM, section.counts("train_prompts")):
             cell = {"width": width, "prompts": count}
+            named = {**cell, "passes": self.sizes[width].passes(count), "method": method, "form": FORM[method]}
             mine = [r for r in results if r.run.method == method and cell.items() <= r.run.settings.items()]
             measured = self._measured(mine)
             kl, gains, proxy, runs = measured
@@ -81,7 +79,7 @@ class Experiment:
             last = int(np.argmax(kl))
             furthest = {"kl": float(kl[last]), "true": float(gains[:, last].mean()), "learned": float(proxy[last])}
             marks = {form: _marks(one) for form, one in fits.items()}
-            found.append({**cell, "method": method, "form": FORM[method], "fits": marks, "furthest": furthest})
+            found.append({**named, "fits": marks, "furthest": furthest})
             curves.append(_curve(f"{method}, width {width}", f"{count:,} prompts", measured, fits[FORM[method]], seed))
         falls = [{"what": _name(row), "words": row["fits"][row["form"]]["words"]} for row in found]
         return {"fits": found, "falls": falls}, curves
@@ -97,11 +95,7 @@ class Experiment:
         return Measured(np.array(kl), np.stack(gains, axis=1), np.array(proxy), np.array(runs))
 
     def _rows(self, result: Result) -> list[dict[str, Any]]:
-        file = self.folder / "runs" / result.run.name / PROMPTS
-        found = read_lines(file, lambda row: fit(row, ROW, "no such row"))
-        if found.damaged or len(found.rows) != len(result.points) + 1:
-            raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {file.parent}, and run again")
-        return found.rows
+        return read_prompts(self.folder / "runs" / result.run.name, len(result.points) + 1, ("reward", "proxy", "kl"))
 
     def tables(self, summary: Mapping[str, Any]) -> list[Grid]:
         """The printed tables."""
@@ -110,11 +104,12 @@ class Experiment:
             one, end = row["fits"][row["form"]], row["furthest"]
             a, b = (f"{one[name]:.2f} ({one[f'{name}_interval'][0]:.2f} to {one[f'{name}_interval'][1]:.2f})" for name in "ab")
             gains = f"{end['true']:.2f} and {end['learned']:.2f} at KL {end['kl']:.2f}"
-            rows.append([_name(row), FORMS[row["form"]], a, b, one["words"], gains])
-        columns = ["form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
+            rows.append([_name(row), f"{row['passes']:g}", FORMS[row["form"]], a, b, one["words"], gains])
+        columns = ["passes", "form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
         note = (
             "95 % intervals over prompts and, of several runs, over seeds (Student's t); what the learned reward gains beyond "
-            "the true one is over-optimisation"
+            "the true one is over-optimisation; passes: over the pairs, for the learned reward and for DPO, in units of the "
+            "configured epochs: all numbers of prompts take the same number of optimizer steps"
         )
         return [Grid("fit of the true reward", columns, rows, note)]
 
@@ -143,13 +138,19 @@ class Size:
     def pairs(self) -> Sequence[Encoded]:
         return self.setup.labelled(self.setup.world, "train")
 
+    def passes(self, count: int) -> float:
+        """Passes over the pairs of `count` prompts that take as many steps as one over those of the largest number. With one
+        pass each, the effect of more data could not be told from that of more steps."""
+        return max(self.setup.config.robust.counts("train_prompts")) / count
+
     def first(self, count: int) -> list[Encoded]:
         """The pairs of the first `count` prompts; prompt numbers are in the uids of `data.label`: "samples:7:0-2"."""
         return [pair for pair in self.pairs if int(pair.uid.split(":")[1]) < count]
 
     def reward(self, count: int) -> Reward:
         if count not in self._rewards:
-            self._rewards[count] = self.setup.reward_model(self.setup.world, self.first(count), f"{count}-prompts")
+            pairs, passes = self.first(count), self.passes(count)
+            self._rewards[count] = self.setup.reward_model(self.setup.world, pairs, f"{count}-prompts", passes=passes)
         return self._rewards[count]
 
     @functools.cached_property
@@ -159,7 +160,8 @@ class Size:
     def dpo(self, count: int) -> PairMethod:
         world = self.setup.world
         if count not in self._dpo:
-            self._dpo[count] = self.setup.method(world, self.setup.data(world, self.first(count)), dpo_loss)
+            data = self.setup.data(world, self.first(count))
+            self._dpo[count] = self.setup.method(world, data, dpo_loss, passes=self.passes(count))
         return self._dpo[count]
 
     def perform(self, run: Run, folder: Path) -> tuple[list[dict[str, float]], list[Row]]:

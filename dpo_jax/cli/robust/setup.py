@@ -59,15 +59,18 @@ class Setup:
         training = self.config.dpo
         return pair_data(world, pairs, batch=training.batch, microbatches=training.microbatches)
 
-    def method(self, world: World, data: PairData, loss: Callable[..., Any]) -> PairMethod:
+    def method(self, world: World, data: PairData, loss: Callable[..., Any], *, passes: float = 1.0) -> PairMethod:
+        """Training on pairs for `passes` times the epochs of section dpo."""
         training = self.config.dpo
-        tx = build.make_tx(training, steps=data.steps(training.epochs))
-        return PairMethod(world, data, loss=loss, tx=tx, epochs=training.epochs)
+        epochs = passes * training.epochs
+        return PairMethod(world, data, loss=loss, tx=build.make_tx(training, steps=data.steps(epochs)), epochs=epochs)
 
-    def reward_model(self, world: World, pairs: Sequence[Encoded], name: str) -> Reward:
-        """A reward learned from pairs, kept in `reward_models/<name>-<digest>`; an interrupted training continues."""
+    def reward_model(self, world: World, pairs: Sequence[Encoded], name: str, *, passes: float = 1.0) -> Reward:
+        """A reward learned from pairs in `passes` times `frontier.reward_model_epochs`, kept in
+        `reward_models/<name>-<digest>`. An interrupted training continues."""
         section = self.config.frontier
-        fingerprint = {**self.shared, "pairs": name}
+        # Included only if there are others, so that results of one stay valid.
+        fingerprint = {**self.shared, "pairs": name} | ({} if passes == 1 else {"passes": passes})
         digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
         reward, figures = learn_reward(
             world,
@@ -75,7 +78,7 @@ class Setup:
             self.folder / "reward_models" / f"{name}-{digest[:8]}",
             make_tx=functools.partial(build.make_tx, self.config.dpo),
             batch=self.config.dpo.batch,
-            epochs=section.reward_model_epochs,
+            epochs=passes * section.reward_model_epochs,
             evaluations=section.evaluations,
             seed=self.config.run.seed,
             fingerprint=fingerprint,
