@@ -51,7 +51,7 @@ def linear_model(partitioner, folder, *, killed_at=None):
     with Checkpoints(folder / "checkpoints") as checkpoints, records.MetricsLog(folder / "metrics.jsonl") as log:
         state = init_state({"slope": jnp.zeros(3)}, tx)
         state, _ = checkpoints.restore_latest(state) or (state, {})
-        options = {"checkpoints": checkpoints, "save_every": 4, "log": log, "get_state": partitioner.get_state}
+        options = {"checkpoints": checkpoints, "save_every": 15, "log": log, "get_state": partitioner.get_state}
         return partitioner.get_state(fit(killed, partitioner.put_state(state), points, total_steps=30, **options))
 
 

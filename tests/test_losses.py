@@ -73,7 +73,7 @@ def test_gradient_is_the_one_of_the_paper():
     """Section 4: `-beta * sigmoid(-margin)` pushes the chosen up and, with the other sign, the rejected down."""
     with jax.enable_x64(True):
         beta = 0.1
-        grads = jax.grad(lambda logps: dpo_loss(logps, REF, beta=beta)[0].sum())(jnp.asarray(LOGPS))
+        grads = jax.jit(jax.grad(lambda logps: dpo_loss(logps, REF, beta=beta)[0].sum()))(jnp.asarray(LOGPS))
         margin = beta * ((LOGPS - REF)[:, 0] - (LOGPS - REF)[:, 1])
         push = -beta / (1 + np.exp(margin))
         np.testing.assert_allclose(grads, np.stack([push, -push], axis=1), rtol=1e-12)
@@ -86,7 +86,7 @@ def test_every_option_changes_the_loss():
 
 
 def test_rewards_carry_no_gradient():
-    grads = jax.grad(lambda logps: dpo_loss(logps, REF, beta=0.1)[1].sum())(jnp.asarray(LOGPS))
+    grads = jax.jit(jax.grad(lambda logps: dpo_loss(logps, REF, beta=0.1)[1].sum()))(jnp.asarray(LOGPS))
     np.testing.assert_array_equal(grads, 0.0)
 
 
@@ -120,7 +120,7 @@ VALUES = np.array([0.1, 0.3, 0.45])
 def test_an_option_is_a_number_or_one_for_each_example_and_can_be_swept(loss, option, others):
     with jax.enable_x64(True):
         one_by_one = [loss(LOGPS, REF, **{option: float(value)}, **others) for value in VALUES]
-        swept = jax.vmap(lambda value: loss(LOGPS, REF, **{option: value}, **others))(VALUES)
+        swept = jax.jit(jax.vmap(lambda value: loss(LOGPS, REF, **{option: value}, **others)))(VALUES)
         each = loss(LOGPS, REF, **{option: VALUES}, **others)
     for part, found in enumerate(swept):
         np.testing.assert_allclose(found, np.stack([result[part] for result in one_by_one]), rtol=1e-12)
@@ -231,8 +231,9 @@ def test_permuting_completions_permutes_the_gradient_of_the_expected_loss():
 
     with jax.enable_x64(True):
         moved = [2, 0, 3, 1]
-        value, grads = jax.value_and_grad(expected)(jnp.asarray(RANKED), RANKED_REF)
-        again, moved_grads = jax.value_and_grad(expected)(jnp.asarray(RANKED[:, moved]), RANKED_REF[:, moved])
+        with_gradient = jax.jit(jax.value_and_grad(expected))
+        value, grads = with_gradient(jnp.asarray(RANKED), RANKED_REF)
+        again, moved_grads = with_gradient(jnp.asarray(RANKED[:, moved]), RANKED_REF[:, moved])
         one, other = (plackett_luce_loss(RANKED[:, order], RANKED_REF[:, order], beta=0.3)[0] for order in (range(4), moved))
     np.testing.assert_allclose(again, value, rtol=1e-12)
     np.testing.assert_allclose(moved_grads, np.asarray(grads)[:, moved], rtol=1e-11, atol=1e-15)
@@ -242,7 +243,8 @@ def test_permuting_completions_permutes_the_gradient_of_the_expected_loss():
 def test_gradient_of_plackett_luce():
     """By hand: each choice pushes its completion up by 1 - p, and those still unplaced down by their share p of it."""
     with jax.enable_x64(True):
-        grads = np.asarray(jax.grad(lambda x: plackett_luce_loss(x, RANKED_REF, beta=0.3)[0].sum())(jnp.asarray(RANKED)))
+        slope = jax.jit(jax.grad(lambda x: plackett_luce_loss(x, RANKED_REF, beta=0.3)[0].sum()))
+        grads = np.asarray(slope(jnp.asarray(RANKED)))
     rewards, expected = 0.3 * (RANKED - RANKED_REF), np.zeros_like(RANKED)
     for k in range(3):
         shares = np.exp(rewards[:, k:])
