@@ -272,8 +272,10 @@ def test_the_step_holds_no_reference_model(variables, tx):
     assert constants < 0.01 * size
 
 
-def test_fillers_and_order_do_not_matter(variables):
-    step = jax.jit(functools.partial(sft_step, model=MODEL, tx=optax.sgd(1e-3)))
+def test_fillers_and_order_do_not_matter():
+    model = toy_model()
+    variables = model.init(jax.random.key(0))
+    step = jax.jit(functools.partial(sft_step, model=model, tx=optax.sgd(1e-3)))
     texts = [(p.prompt, p.chosen) for p in PAIRS]
     exact, filled = (Layout("plain", length=32, scored=16, rows_multiple=m).rows(texts) for m in (1, 8))
     results = [step(init_state(variables, optax.sgd(1e-3)), rows)[1] for rows in (exact, filled)]
@@ -320,8 +322,10 @@ def test_losses_lead_to_different_updates(tx):
         np.testing.assert_allclose(metrics["logps/chosen"], expected["logps/chosen"], rtol=1e-5)
 
 
-def test_extras_reach_the_loss_with_their_pairs(variables, tx):
+def test_extras_reach_the_loss_with_their_pairs(tx):
     """A loss with a margin and lengths of each pair: the same number from every layout, in microbatches and under pmap."""
+    model = toy_model()
+    variables = model.init(jax.random.key(0))
     gap = np.arange(len(PAIRS), dtype=np.float32)
 
     def loss(logps, ref_logps, gap, lengths):
@@ -333,9 +337,9 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
         return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": np.asarray(completion_lengths(rows))})
 
     lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
-    logps = jax.jit(functools.partial(completion_logps, MODEL))(variables, plain_rows(PAIRS, length=32))
+    logps = jax.jit(functools.partial(completion_logps, model))(variables, plain_rows(PAIRS, length=32))
     expected = loss(logps, REF, gap, lengths)[0].mean()
-    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss)
+    step = functools.partial(dpo_step, model=model, tx=tx, loss=loss)
     for kind, microbatches in (("plain", 1), ("packed", 4)):
         run = jax.jit(functools.partial(step, microbatches=microbatches))
         _, metrics = run(init_state(variables, tx), with_extras(kind))
@@ -346,7 +350,7 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'gap'"):
         jax.eval_shape(
-            functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS), init_state(variables, tx), with_extras("plain")
+            functools.partial(dpo_step, model=model, tx=tx, loss=LOSS), init_state(variables, tx), with_extras("plain")
         )
 
 
