@@ -191,7 +191,7 @@ def test_rows_of_groups_elsewhere_have_no_slot():
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     for a, b in zip(found_grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
-    groups = group_rows(here, 2, of=5)
+    groups = jax.jit(functools.partial(group_rows, groups=2, of=5))(here)
     block = len(groups.row) // len(groups.of_block)
     assert int(groups.used) * block == int(groups.sizes.sum()) < len(groups.row)
 

@@ -24,6 +24,9 @@ CHOSEN = {
 }
 
 
+grouped = jax.jit(group_rows, static_argnums=1)
+
+
 def inputs(chosen):
     keys = jax.random.split(jax.random.key(0), 3)
     return jax.random.normal(keys[0], (len(chosen), D)), jax.random.normal(keys[1], (GROUPS, D, F))
@@ -65,9 +68,9 @@ def test_each_row_meets_the_matrix_of_its_group(name):
 @pytest.mark.parametrize("transposed", [False, True])
 def test_loop_and_ragged_product_are_the_same(transposed):
     """TPUs take the second."""
-    groups = group_rows(np.array(CHOSEN["mixed"]), GROUPS)
+    groups = grouped(np.array(CHOSEN["mixed"]), GROUPS)
     x, kernels = inputs(CHOSEN["mixed"])
-    slots = to_groups(x if not transposed else x[:, :F], groups)
+    slots = jax.jit(to_groups)(x if not transposed else x[:, :F], groups)
     products = (jax.jit(functools.partial(f, transposed=transposed)) for f in (module._in_blocks, module._ragged))
     loop, ragged = (f(slots, kernels, groups) for f in products)
     np.testing.assert_allclose(loop, ragged, rtol=0, atol=1e-5)
@@ -79,7 +82,7 @@ def test_loop_and_ragged_product_are_the_same(transposed):
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])
 def test_groups_are_whole_blocks_and_no_row_is_lost(rows):
     chosen = np.random.default_rng(rows).integers(0, GROUPS, rows) ** 2 % GROUPS
-    groups = jax.tree.map(np.asarray, group_rows(chosen, GROUPS))
+    groups = jax.tree.map(np.asarray, grouped(chosen, GROUPS))
     block = len(groups.row) // len(groups.of_block)
     assert not (groups.sizes % block).any()
     np.testing.assert_array_equal(groups.row[groups.slot], np.arange(rows))

@@ -358,8 +358,16 @@ def state():
     return init_state(MODEL.init(jax.random.key(0)), TX)
 
 
+@functools.cache
+def compiled_step(loss, **options):
+    return jax.jit(functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, **options))
+
+
 def stepped(loss, state, rows, **options):
-    return jax.jit(functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, **options))(state, rows)
+    return compiled_step(loss, **options)(state, rows)
+
+
+UNPAIRED = {name: named_loss(name, beta=0.3) for name in ("kto", "apo_zero_unpaired")}
 
 
 def test_a_step_of_kto_is_the_same_in_every_layout(state):
@@ -393,9 +401,9 @@ def test_a_step_of_kto_is_the_same_in_every_layout(state):
         assert metrics[name] == pytest.approx(summary[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("name", UNPAIRED)
 def test_losses_of_single_completions_do_not_depend_on_the_parts_of_a_batch(name, state):
-    rows, loss = KINDS["shared"].rows(SINGLES, ref_logps=REF), named_loss(name, beta=0.3)
+    rows, loss = KINDS["shared"].rows(SINGLES, ref_logps=REF), UNPAIRED[name]
     whole = stepped(loss, state, rows)[1]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, axis_name="data")
@@ -409,7 +417,7 @@ def test_kto_of_a_sharded_batch(state):
     rows = KINDS["shared"].rows(SINGLES, ref_logps=REF)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(rows, jax.sharding.NamedSharding(mesh, P("data")))
-    one, other = (stepped(named_loss("kto"), state, part)[1] for part in (rows, sharded))
+    one, other = (stepped(UNPAIRED["kto"], state, part)[1] for part in (rows, sharded))
     for name, value in one.items():
         np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
