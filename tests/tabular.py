@@ -48,6 +48,9 @@ def tabular_model(vocab, length):
     return Model(init=init, forward=forward, unembed=lambda variables, hidden: hidden)
 
 
+_score = jax.jit(sequence_logps, static_argnums=0)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class World:
     vocab: int
@@ -63,7 +66,7 @@ class World:
         """log pi(y|x) of every completion, by the package itself: float64[X, Y]."""
         texts = [(prompt, completion) for prompt in self.prompts for completion in self.completions]
         rows = completion_rows(texts, length=1 + self.length)
-        return np.asarray(sequence_logps(self.model, variables, rows), np.float64).reshape(len(self.prompts), -1)
+        return np.asarray(_score(self.model, variables, rows), np.float64).reshape(len(self.prompts), -1)
 
     @functools.cached_property
     def ref_logps(self):

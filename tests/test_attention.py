@@ -149,7 +149,7 @@ def test_path_equals_dense(name, case):
 @pytest.mark.parametrize("window", [None, 30])
 def test_splash_computes_exactly_the_blocks_in_which_somebody_sees_something(window):
     rows = rows_of("packed", LAYOUTS["packed"][1], 601, multiple=2)
-    prepared = SPLASH.prepare(rows.k_start, rows.k_end, (window,))
+    prepared = jax.jit(SPLASH.prepare, static_argnums=2)(rows.k_start, rows.k_end, (window,))
     blocks = jax.tree.map(lambda leaf: np.asarray(leaf[0]), prepared.blocks)
     column = np.arange(601)
     visible = (rows.k_start[:, :, None] <= column) & (column < rows.k_end[:, :, None])
@@ -173,7 +173,7 @@ def test_splash_computes_exactly_the_blocks_in_which_somebody_sees_something(win
         np.testing.assert_array_equal(listed, np.flatnonzero(needed[r, :, j]))
 
 
-@pytest.mark.parametrize("path", [SPLASH, FLASH, BLOCKS, CHUNKED], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [DENSE, SPLASH, FLASH, BLOCKS, CHUNKED], ids=lambda path: path.name)
 def test_a_query_without_keys_is_finite_also_in_the_gradient(path):
     q = jnp.ones((1, 4, 1, 8))
     none = np.zeros((1, 4), np.int32)

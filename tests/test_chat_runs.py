@@ -109,10 +109,12 @@ def done(model, tmp_path_factory):
     config = folder / "chat.yaml"
     config.write_text(CONFIG.format(dir=folder / "run", data=folder, model=model))
     printed = {}
-    for command in ("audit", "sft", "refs", "dpo", "eval", "sample"):
-        result = call(command, config)
-        assert result.code == 0, (command, result)
-        printed[command] = result
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpo_jax.plotting.training_curves.plot_training", lambda rows, directory: directory.mkdir(exist_ok=True))
+        for command in ("audit", "sft", "refs", "dpo", "eval", "sample"):
+            result = call(command, config)
+            assert result.code == 0, (command, result)
+            printed[command] = result
     return folder, config, printed
 
 

@@ -6,17 +6,17 @@ import json
 
 import numpy as np
 import pytest
+from test_online_rounds import make_parts
 from tiny_run import TOY_WORLD, _compilation_cache, call  # noqa: F401  the second is a fixture
 
 from dpo_jax.cli import frontier_runs
 from dpo_jax.cli.config import load_config
-from dpo_jax.cli.experiment import make_world
 from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.robust.setup import shared_settings
-from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.evals.reward_functions import LinearReward
 from dpo_jax.lab.paired import read_prompts
 from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.parallel import single_device
 
 CONFIG = (
     TOY_WORLD
@@ -101,10 +101,9 @@ def test_shift(place):
 
 
 @pytest.fixture(scope="module")
-def world(place):
-    config = load_config(place / "toy.yaml")
-    make_reference(config)
-    return make_world(config, train="prompts", test="test_prompts")[0]
+def world(tokenizer):
+    found = make_parts(tokenizer, lambda model: single_device()).world
+    return found.with_prompts(train=found.train, test=found.test.of([0, 1, 2]))
 
 
 def test_other_data_are_a_reason_to_repeat_all_runs(place, world):

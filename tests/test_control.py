@@ -194,7 +194,8 @@ def test_how_often_the_better_segment_is_preferred():
 def test_losses_of_implicit_q_learning():
     rng = np.random.default_rng(0)
     critics, policy = Critics(3, 2, [4]), gaussian_policy([3], 2, hidden=[4], std=1.0)
-    variables = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape), critics.init(jax.random.key(0), policy))
+    made = jax.device_get(jax.jit(lambda key: critics.init(key, policy))(jax.random.key(0)))
+    variables = jax.tree.map(lambda x: x + np.float32(0.3 * rng.normal(size=x.shape)), made)
     states, after, actions = (np.float32(rng.normal(size=(6, size))) for size in (3, 3, 2))
     batch = Experience(states, actions, after, np.float32(rng.normal(size=6)), np.ones(6, np.float32))
     tx = optax.sgd(0.1)
@@ -231,10 +232,10 @@ def test_losses_of_implicit_q_learning():
 def test_the_two_q_share_nothing():
     """min(Q1, Q2) is of use only if the two err apart."""
     critics = Critics(3, 2, [4])
-    variables = critics.init(jax.random.key(0), gaussian_policy([3], 2, hidden=[4], std=1.0))["q"]
-    pairs = np.float32(np.random.default_rng(0).normal(size=(6, 5)))
-    slopes = jax.jacobian(lambda v: critics.q_of(v, pairs).sum(axis=0))(variables)
-    for leaf in jax.tree.leaves(slopes):  # [Q, network, ...]
+    policy, pairs = gaussian_policy([3], 2, hidden=[4], std=1.0), np.float32(np.random.default_rng(0).normal(size=(6, 5)))
+    variables = jax.jit(lambda key: critics.init(key, policy)["q"])(jax.random.key(0))
+    slopes = jax.jit(jax.jacobian(lambda v: critics.q_of(v, pairs).sum(axis=0)))(variables)
+    for leaf in map(np.asarray, jax.tree.leaves(slopes)):  # [Q, network, ...]
         assert not leaf[0, 1].any()
         assert not leaf[1, 0].any()
     values = critics.q_of(variables, pairs)

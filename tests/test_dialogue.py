@@ -41,6 +41,7 @@ from dpo_jax.runtime.parallel import single_device
 from dpo_jax.step import init_state
 
 RNG = np.random.default_rng(0)
+score = jax.jit(sequence_logps, static_argnums=0)
 # Two turns: two things to say, of which the first has two answers, then two or three.
 TREE = Tree(
     node=np.array([0, 0, 1, 1, 2, 2, 2, 3, 3]),
@@ -188,7 +189,7 @@ def test_a_conversation_scores_as_its_turns_one_by_one_and_has_their_gradient(wo
     assert float(one[0]) == pytest.approx(float(other[0]), abs=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one[1], other[1])
     everything = completion_rows([(prompt, ids)], length=world.width)
-    assert abs(sequence_logps(world.model, world.reference, everything)[0] - one[0]) > 1
+    assert abs(score(world.model, world.reference, everything)[0] - one[0]) > 1
 
 
 def scripted(world, said):
@@ -257,7 +258,7 @@ def test_dpo_learns_nothing_of_what_the_user_says(world):
         functools.partial(dpo_step, model=world.model, tx=optax.sgd(0.0), loss=functools.partial(dpo_loss, beta=1.0))
     )(state, rows)
     texts = [Completion(prompt, one, scored) for one in (ids, other)]
-    logps = sequence_logps(world.model, world.reference, completion_rows(texts, length=world.width))
+    logps = score(world.model, world.reference, completion_rows(texts, length=world.width))
     assert metrics["loss"] == pytest.approx(np.logaddexp(0, logps[1] - logps[0]), abs=1e-3)
 
 
@@ -267,7 +268,7 @@ def test_a_policy_is_enumerated_as_the_model_says(world):
     np.testing.assert_allclose(np.bincount(game.tree.node, policy), 1)
     edge = int(np.flatnonzero(game.tree.node == 4)[2])
     text = (world.history(game, game.histories[4]), world.ids(game.said[edge] + "<|endoftext|>"))
-    alone = sequence_logps(world.model, world.reference, completion_rows([text], length=world.width))
+    alone = score(world.model, world.reference, completion_rows([text], length=world.width))
     assert np.log(policy[edge]) == pytest.approx(float(alone[0]), abs=1e-3)
     found = world.measure(world.reference)
     assert found["kl"] == pytest.approx(0, abs=1e-6)

@@ -57,13 +57,21 @@ def pairs_of(count, seed=0, dtype=np.float32):
     return ImagePairs(images, label, image_uids(images, label), np.arange(count, dtype=np.int32) % 3, np.ones(count, dtype))
 
 
+@functools.partial(jax.jit, static_argnames="draws")
+def errors(variables, pairs, *, draws=1):
+    return pair_errors(variables, pairs, predict=predict, schedule=SCHEDULE, draws=draws)
+
+
+drawn = jax.jit(draw, static_argnames=("shape", "steps", "draws", "seed"))
+
+
 def with_errors(pairs, draws=1, variables=REFERENCE):
-    return pairs.replace(ref_errors=pair_errors(variables, pairs, predict=predict, schedule=SCHEDULE, draws=draws))
+    return pairs.replace(ref_errors=errors(variables, pairs, draws=draws))
 
 
 def published(pairs, weight, *, beta, draws):
     """Eq. 14 of Wallace et al., a pair after the other, in numpy; the mean over draws is inside."""
-    noise, times = (np.asarray(part) for part in draw(pairs.uid, pairs.epoch, shape=(3, 3), steps=20, draws=draws))
+    noise, times = (np.asarray(part) for part in drawn(pairs.uid, pairs.epoch, shape=(3, 3), steps=20, draws=draws))
 
     def error(variables, x, e, t, label):
         x_t = SCHEDULE.signal[t] * x + SCHEDULE.noise[t] * np.float64(e)
@@ -102,12 +110,14 @@ def test_the_loss_is_the_papers_in_float64(weighting, draws):
         np.testing.assert_allclose(metrics["rewards/margins"], -np.log(np.expm1(expected)), rtol=1e-9)
 
         @jax.jit
+        @jax.value_and_grad
         def mean(scale):
             return diffusion_dpo_objective({**POLICY64, "scale": scale}, pairs, **options)[0].mean()
 
-        slope, there = jax.grad(mean)(POLICY64["scale"]), POLICY64["scale"]
+        there = POLICY64["scale"]
+        slope = mean(there)[1]
         for number, direction in enumerate(np.eye(2)):
-            by_hand = (mean(there + 1e-6 * direction) - mean(there - 1e-6 * direction)) / 2e-6
+            by_hand = (mean(there + 1e-6 * direction)[0] - mean(there - 1e-6 * direction)[0]) / 2e-6
             np.testing.assert_allclose(slope[number], by_hand, rtol=1e-6)
 
 
@@ -129,13 +139,13 @@ def test_the_policy_starts_at_its_reference():
 
 def test_noise_depends_on_seed_pair_and_epoch_alone():
     pairs = pairs_of(5)
-    noise, times = draw(pairs.uid, pairs.epoch, shape=(3, 3), steps=20, draws=2)
-    other, _ = draw(pairs.uid[::-1], pairs.epoch[::-1], shape=(3, 3), steps=20, draws=2)
+    noise, times = drawn(pairs.uid, pairs.epoch, shape=(3, 3), steps=20, draws=2)
+    other, _ = drawn(pairs.uid[::-1], pairs.epoch[::-1], shape=(3, 3), steps=20, draws=2)
     np.testing.assert_array_equal(other[::-1], noise)  # in another order
     for changed in ({"epoch": pairs.epoch + 1}, {"uid": pairs.uid + 1}, {"seed": 1}):
-        again, _ = draw(**{"uid": pairs.uid, "epoch": pairs.epoch, **changed}, shape=(3, 3), steps=20, draws=2)
+        again, _ = drawn(**{"uid": pairs.uid, "epoch": pairs.epoch, **changed}, shape=(3, 3), steps=20, draws=2)
         assert not np.isclose(again, noise).any()
-    _, times = draw(np.arange(4000), np.zeros(4000, np.int32), shape=(), steps=4)
+    _, times = drawn(np.arange(4000), np.zeros(4000, np.int32), shape=(), steps=4)
     np.testing.assert_allclose(np.bincount(times[:, 0]) / 4000, 0.25, atol=0.03)
     many = np.arange(4000, dtype=np.int32)
     dropped = drop_labels(many * 0 + 1, many, many * 0, null=7, dropout=0.3)
@@ -148,7 +158,7 @@ def test_errors_of_the_reference_are_kept_and_never_stale(tmp_path):
 
     def compute(pairs):
         asked.append(int(np.sum(pairs.weight)))
-        return pair_errors(REFERENCE, pairs, predict=predict, schedule=SCHEDULE, draws=2)
+        return errors(REFERENCE, pairs, draws=2)
 
     pairs, expected = pairs_of(5), with_errors(pairs_of(5), 2).ref_errors
     options = {"draws": 2, "batch": 4}
@@ -301,7 +311,7 @@ def test_the_bound_of_many_draws_nears_the_tilted_optimum():
 
 def test_draws_of_a_pair_are_antithetic_in_noise_and_systematic_in_time():
     uid, epoch = np.arange(4000, dtype=np.int32), np.zeros(4000, np.int32)
-    noise, times = (np.asarray(part) for part in draw(uid, epoch, shape=(2,), steps=10, draws=5))
+    noise, times = (np.asarray(part) for part in drawn(uid, epoch, shape=(2,), steps=10, draws=5))
     np.testing.assert_array_equal(noise[:, :4:2], -noise[:, 1::2])
     np.testing.assert_array_equal((times - times[:, :1]) % 10, np.tile([0, 0, 3, 3, 6], (4000, 1)))
     for each in times.T:  # so the mean over draws has no bias

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_grouped_product import with_gradients
 from test_step import random_pairs
 from tiny_run import call, refused
 
@@ -186,11 +187,11 @@ def test_rows_of_groups_elsewhere_have_no_slot():
         y = jnp.einsum("tf,tdf->td", jnp.tanh(jnp.einsum("td,tdf->tf", x, of_row)), of_row)
         return jnp.where(here.reshape(-1, 1) < 2, y, 0.0)
 
-    np.testing.assert_allclose(ours(x, kernels), right(x, kernels), rtol=0, atol=1e-5)
-    found, expected = (jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argnums=(0, 1))(x, kernels) for f in (ours, right))
-    for a, b in zip(found, expected, strict=True):
+    (found, found_grads), (expected, expected_grads) = (with_gradients(f)(x, kernels) for f in (ours, right))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for a, b in zip(found_grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
-    groups = group_rows(here, 2, of=5)
+    groups = jax.jit(functools.partial(group_rows, groups=2, of=5))(here)
     block = len(groups.row) // len(groups.of_block)
     assert int(groups.used) * block == int(groups.sizes.sum()) < len(groups.row)
 

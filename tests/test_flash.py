@@ -21,6 +21,7 @@ from dpo_jax.models.flash_kernels import BLOCK, LONGEST, Tiles
 from dpo_jax.models.hf import load_hf
 
 FLASH = flash_path(interpret=True)
+prepare = jax.jit(FLASH.prepare, static_argnums=2)
 OFTEN = ("gpt_neox", "llama", "gemma2", "gemma3_text")  # windows, soft caps, grouped queries; all others are alike to a kernel
 FAMILIES = [
     pytest.param(folder.name, marks=() if folder.name in OFTEN else pytest.mark.soak)
@@ -94,7 +95,7 @@ def seen(rows, window):
     if window is None:
         return visible
     visible &= rows.positions[:, :, None] - rows.positions[:, None, :] < window
-    second = np.asarray(FLASH.prepare(rows.k_start, rows.k_end, (window,)).second)
+    second = np.asarray(prepare(rows.k_start, rows.k_end, (window,)).second)
     chosen = (rows.k_end > column + 1)[:, :, None]
     turned = np.take_along_axis(visible, second[:, None, :], axis=2)
     return np.concatenate([visible & ~chosen, turned & chosen], axis=2)
@@ -123,7 +124,7 @@ def hh_like_rows():
 def test_the_kernels_visit_the_blocks_in_which_somebody_sees_something(window):
     """Every such block, and few others: late keys of a prompt are seen before it and after it, and not by its beginning."""
     for rows in (packed(), hh_like_rows()):
-        spans = jax.tree.map(lambda x: np.asarray(x[0]), FLASH.prepare(rows.k_start, rows.k_end, (window,)).spans)
+        spans = jax.tree.map(lambda x: np.asarray(x[0]), prepare(rows.k_start, rows.k_end, (window,)).spans)
         needed = blocks_of(seen(rows, window))
         keys_met = between(spans.key_first, spans.key_last, needed.shape[2])
         queries_met = between(spans.query_first, spans.query_last, needed.shape[1]).swapaxes(1, 2)
@@ -137,7 +138,7 @@ def test_the_kernels_visit_the_blocks_in_which_somebody_sees_something(window):
 
 def test_log_sum_exp_is_that_of_the_visible_scores():
     rows = packed()
-    spans = jax.tree.map(lambda x: x[0], FLASH.prepare(rows.k_start, rows.k_end, (None,)).spans)
+    spans = jax.tree.map(lambda x: x[0], prepare(rows.k_start, rows.k_end, (None,)).spans)
     q, k = (np.random.default_rng(i).normal(size=(2, 256, 1, 16)).astype(np.float32) for i in range(2))
     settings = flash_kernels.Settings(scale=0.5, softcap=None, interpret=True)
     _, log_mass = jax.jit(functools.partial(flash_kernels.forward, settings=settings))(q, k, k, spans)
@@ -149,7 +150,7 @@ def test_log_sum_exp_is_that_of_the_visible_scores():
 @pytest.mark.parametrize("tiles", [Tiles(128, 64), Tiles(128, 32), Tiles(32, 16)])
 def test_tiles_change_nothing_but_the_order_of_sums(tiles):
     rows = packed()
-    spans = jax.tree.map(lambda x: x[0], FLASH.prepare(rows.k_start, rows.k_end, (None,)).spans)
+    spans = jax.tree.map(lambda x: x[0], prepare(rows.k_start, rows.k_end, (None,)).spans)
     rng = np.random.default_rng(0)
     q, k, v, d_out = (jnp.asarray(rng.normal(size=(2, 256, n, 16)), jnp.float32) for n in (2, 1, 1, 2))
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import GOLDEN
+from test_step import PAIRS, toy_model
 
 from dpo_jax.data.encode import encode
 from dpo_jax.data.layout import Layout, completion_rows
@@ -123,11 +124,13 @@ def test_sft_trajectory(family, per_row, pairs):
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_the_loss_per_token_is_the_sum_over_the_mean_length_of_the_batch(microbatches, pairs):
+def test_the_loss_per_token_is_the_sum_over_the_mean_length_of_the_batch(microbatches):
     """TRL's loss: not the mean over texts of each text's own mean. The last text is a filler."""
-    model, start = load_hf(GOLDEN / "gpt2" / "init")
-    texts = [(pair.prompt, pair.chosen[: 3 + number]) for number, pair in enumerate(pairs[:7])]
-    rows = Layout("plain", length=128, scored=128).rows(texts, at_least=8)
+    model = toy_model()
+    start = model.init(jax.random.key(0))
+    texts = [(pair.prompt, pair.chosen) for pair in PAIRS]  # of 2 to 9 tokens
+    assert len({len(completion) for _, completion in texts}) > 3
+    rows = Layout("plain", length=32, scored=16).rows(texts, at_least=8)
     found = {}
     for per_token in (False, True):
         step = functools.partial(sft_step, model=model, tx=optax.sgd(1.0), per_token=per_token)

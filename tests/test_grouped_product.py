@@ -1,5 +1,7 @@
 """Products of rows with the matrix of their group, against a loop over rows; and a mixture of experts against its formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,26 @@ CHOSEN = {
 }
 
 
+grouped = jax.jit(group_rows, static_argnums=1)
+
+
 def inputs(chosen):
     keys = jax.random.split(jax.random.key(0), 3)
     return jax.random.normal(keys[0], (len(chosen), D)), jax.random.normal(keys[1], (GROUPS, D, F))
+
+
+def with_gradients(function):
+    """One program: the value of `function(x, kernels)`, and the gradients of the sum of its squares."""
+
+    def squares(x, kernels):
+        y = function(x, kernels)
+        return (y**2).sum(), y
+
+    def both(x, kernels):
+        (_, y), gradients = jax.value_and_grad(squares, argnums=(0, 1), has_aux=True)(x, kernels)
+        return y, gradients
+
+    return jax.jit(both)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -40,29 +59,30 @@ def test_each_row_meets_the_matrix_of_its_group(name):
     def expected(x, kernels):
         return jnp.einsum("tf,tdf->td", jnp.tanh(jnp.einsum("td,tdf->tf", x, kernels[chosen])), kernels[chosen])
 
-    np.testing.assert_allclose(ours(x, kernels), expected(x, kernels), rtol=0, atol=1e-5)
-    found, right = (jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), argnums=(0, 1))(x, kernels) for f in (ours, expected))
-    for a, b in zip(found, right, strict=True):
+    (found, found_grads), (right, right_grads) = (with_gradients(f)(x, kernels) for f in (ours, expected))
+    np.testing.assert_allclose(found, right, rtol=0, atol=1e-5)
+    for a, b in zip(found_grads, right_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_loop_and_ragged_product_are_the_same(transposed):
     """TPUs take the second."""
-    groups = group_rows(np.array(CHOSEN["mixed"]), GROUPS)
+    groups = grouped(np.array(CHOSEN["mixed"]), GROUPS)
     x, kernels = inputs(CHOSEN["mixed"])
-    slots = to_groups(x if not transposed else x[:, :F], groups)
-    loop, ragged = (f(slots, kernels, groups, transposed=transposed) for f in (module._in_blocks, module._ragged))
+    slots = jax.jit(to_groups)(x if not transposed else x[:, :F], groups)
+    products = (jax.jit(functools.partial(f, transposed=transposed)) for f in (module._in_blocks, module._ragged))
+    loop, ragged = (f(slots, kernels, groups) for f in products)
     np.testing.assert_allclose(loop, ragged, rtol=0, atol=1e-5)
     left, right = (loop, slots) if transposed else (slots, loop)
-    outer = [f(left, right, kernels, groups) for f in (module._outer_in_blocks, module._ragged_outer)]
+    outer = [jax.jit(f)(left, right, kernels, groups) for f in (module._outer_in_blocks, module._ragged_outer)]
     np.testing.assert_allclose(*outer, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 1000])
 def test_groups_are_whole_blocks_and_no_row_is_lost(rows):
     chosen = np.random.default_rng(rows).integers(0, GROUPS, rows) ** 2 % GROUPS
-    groups = jax.tree.map(np.asarray, group_rows(chosen, GROUPS))
+    groups = jax.tree.map(np.asarray, grouped(chosen, GROUPS))
     block = len(groups.row) // len(groups.of_block)
     assert not (groups.sizes % block).any()
     np.testing.assert_array_equal(groups.row[groups.slot], np.arange(rows))

@@ -158,23 +158,24 @@ def test_attention_sees_images_as_dense_does(path, kind, window):
     np.testing.assert_allclose(of(paths[path]), of(DENSE), atol=1e-5)
 
 
+@functools.cache
+def logps_and_gradient(kind):
+    model, variables, _ = golden()
+    layout = plan_layout(pairs(), kind=kind, batch=4)
+    rows = make_batch(pairs(), np.arange(4), layout=layout, batch=4).rows
+
+    def total(variables):
+        found = completion_logps(model, variables, rows).reshape(-1, 2)
+        order = np.argsort(np.where(rows.index < 0, 99, rows.index))[:4]
+        return (found[order] * np.arange(1, 9, dtype=np.float32).reshape(4, 2)).sum(), found[order]
+
+    (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(variables)
+    return found, gradient
+
+
 @pytest.mark.parametrize("kind", ["shared", "packed"])
 def test_layouts_give_the_same_log_probabilities_and_gradients(kind):
-    model, variables, _ = golden()
-
-    def logps(kind):
-        layout = plan_layout(pairs(), kind=kind, batch=4)
-        rows = make_batch(pairs(), np.arange(4), layout=layout, batch=4).rows
-
-        def total(variables):
-            found = completion_logps(model, variables, rows).reshape(-1, 2)
-            order = np.argsort(np.where(rows.index < 0, 99, rows.index))[:4]
-            return (found[order] * np.arange(1, 9, dtype=np.float32).reshape(4, 2)).sum(), found[order]
-
-        (_, found), gradient = jax.jit(jax.value_and_grad(total, has_aux=True))(variables)
-        return found, gradient
-
-    (found, gradient), (expected, its) = logps(kind), logps("plain")
+    (found, gradient), (expected, its) = logps_and_gradient(kind), logps_and_gradient("plain")
     np.testing.assert_allclose(found, expected, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4 * max(1, np.abs(b).max())), gradient, its)
     assert np.abs(gradient["params"]["image_kernel"]).max() > 1e-3
@@ -299,7 +300,7 @@ def test_transformers_opens_what_was_exported(tmp_path):
 
 def test_new_weights_have_the_shapes_of_a_folder():
     config, encoder = load_encoder(FOLDER)
-    new = init_encoder(jax.random.key(0), config)
+    new = jax.jit(init_encoder, static_argnums=1)(jax.random.key(0), config)
     assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, encoder) == jax.tree.map(jnp.shape, encoder_shapes(config))
 
 

@@ -73,7 +73,7 @@ def test_gradient_is_the_one_of_the_paper():
     """Section 4: `-beta * sigmoid(-margin)` pushes the chosen up and, with the other sign, the rejected down."""
     with jax.enable_x64(True):
         beta = 0.1
-        grads = jax.grad(lambda logps: dpo_loss(logps, REF, beta=beta)[0].sum())(jnp.asarray(LOGPS))
+        grads = jax.jit(jax.grad(lambda logps: dpo_loss(logps, REF, beta=beta)[0].sum()))(jnp.asarray(LOGPS))
         margin = beta * ((LOGPS - REF)[:, 0] - (LOGPS - REF)[:, 1])
         push = -beta / (1 + np.exp(margin))
         np.testing.assert_allclose(grads, np.stack([push, -push], axis=1), rtol=1e-12)
@@ -86,7 +86,7 @@ def test_every_option_changes_the_loss():
 
 
 def test_rewards_carry_no_gradient():
-    grads = jax.grad(lambda logps: dpo_loss(logps, REF, beta=0.1)[1].sum())(jnp.asarray(LOGPS))
+    grads = jax.jit(jax.grad(lambda logps: dpo_loss(logps, REF, beta=0.1)[1].sum()))(jnp.asarray(LOGPS))
     np.testing.assert_array_equal(grads, 0.0)
 
 
@@ -120,7 +120,7 @@ VALUES = np.array([0.1, 0.3, 0.45])
 def test_an_option_is_a_number_or_one_for_each_example_and_can_be_swept(loss, option, others):
     with jax.enable_x64(True):
         one_by_one = [loss(LOGPS, REF, **{option: float(value)}, **others) for value in VALUES]
-        swept = jax.vmap(lambda value: loss(LOGPS, REF, **{option: value}, **others))(VALUES)
+        swept = jax.jit(jax.vmap(lambda value: loss(LOGPS, REF, **{option: value}, **others)))(VALUES)
         each = loss(LOGPS, REF, **{option: VALUES}, **others)
     for part, found in enumerate(swept):
         np.testing.assert_allclose(found, np.stack([result[part] for result in one_by_one]), rtol=1e-12)
@@ -171,6 +171,9 @@ def test_alpha_outside_its_range_is_refused(alpha):
 # Plackett-Luce
 
 
+ranked_loss = jax.jit(plackett_luce_loss, static_argnames="beta")
+
+
 def rankings_of(logps):
     """The same completions in every order: float[P * K!, K], the orders of a prompt together."""
     orders = np.array(list(itertools.permutations(range(logps.shape[1]))))
@@ -197,7 +200,7 @@ def test_plackett_luce_of_two_is_dpo_bit_for_bit(dtype):
 def test_plackett_luce_is_a_distribution_over_rankings():
     """Eq. 18: the probabilities of all K! orders of the same completions sum to 1, and equal completions make them equal."""
     with jax.enable_x64(True):
-        losses = plackett_luce_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
+        losses = ranked_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
     chances = np.exp(-np.asarray(losses)).reshape(3, 24)
     np.testing.assert_allclose(chances.sum(axis=1), 1.0, rtol=1e-12)
     np.testing.assert_allclose(chances[2], 1 / 24, rtol=1e-12)
@@ -207,7 +210,7 @@ def test_plackett_luce_is_a_distribution_over_rankings():
 def test_plackett_luce_is_the_product_of_the_paper():
     """Eq. 20 as it is written: each completion against itself and all that are ranked behind it."""
     with jax.enable_x64(True):
-        losses, rewards = plackett_luce_loss(RANKED, RANKED_REF, beta=0.3)
+        losses, rewards = ranked_loss(RANKED, RANKED_REF, beta=0.3)
     exp = np.exp(0.3 * (RANKED - RANKED_REF))
     product = np.prod([exp[:, k] / exp[:, k:].sum(axis=1) for k in range(4)], axis=0)
     np.testing.assert_allclose(losses, -np.log(product), rtol=1e-12)
@@ -217,7 +220,7 @@ def test_plackett_luce_is_the_product_of_the_paper():
 def test_the_first_choice_of_many_rankings_is_a_softmax():
     """What Plackett-Luce means, and what sums over who comes first: P(y is best) is proportional to exp(reward)."""
     with jax.enable_x64(True):
-        losses = plackett_luce_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
+        losses = ranked_loss(rankings_of(RANKED), rankings_of(RANKED_REF), beta=0.3)[0]
     first = np.exp(-np.asarray(losses)).reshape(3, 4, 6).sum(axis=2)  # permutations come sorted by who is first
     exp = np.exp(0.3 * (RANKED - RANKED_REF))
     np.testing.assert_allclose(first, exp / exp.sum(axis=1, keepdims=True), rtol=1e-12)
@@ -227,13 +230,14 @@ def test_permuting_completions_permutes_the_gradient_of_the_expected_loss():
     """The loss itself depends on the order; averaged over all orders it does not, and what moves takes its gradient along."""
 
     def expected(logps, ref):
-        return plackett_luce_loss(rankings_of(logps), rankings_of(ref), beta=0.3)[0].mean()
+        return ranked_loss(rankings_of(logps), rankings_of(ref), beta=0.3)[0].mean()
 
     with jax.enable_x64(True):
         moved = [2, 0, 3, 1]
-        value, grads = jax.value_and_grad(expected)(jnp.asarray(RANKED), RANKED_REF)
-        again, moved_grads = jax.value_and_grad(expected)(jnp.asarray(RANKED[:, moved]), RANKED_REF[:, moved])
-        one, other = (plackett_luce_loss(RANKED[:, order], RANKED_REF[:, order], beta=0.3)[0] for order in (range(4), moved))
+        with_gradient = jax.jit(jax.value_and_grad(expected))
+        value, grads = with_gradient(jnp.asarray(RANKED), RANKED_REF)
+        again, moved_grads = with_gradient(jnp.asarray(RANKED[:, moved]), RANKED_REF[:, moved])
+        one, other = (ranked_loss(RANKED[:, order], RANKED_REF[:, order], beta=0.3)[0] for order in (range(4), moved))
     np.testing.assert_allclose(again, value, rtol=1e-12)
     np.testing.assert_allclose(moved_grads, np.asarray(grads)[:, moved], rtol=1e-11, atol=1e-15)
     assert abs(np.asarray(one)[0] - np.asarray(other)[0]) > 0.1
@@ -242,7 +246,8 @@ def test_permuting_completions_permutes_the_gradient_of_the_expected_loss():
 def test_gradient_of_plackett_luce():
     """By hand: each choice pushes its completion up by 1 - p, and those still unplaced down by their share p of it."""
     with jax.enable_x64(True):
-        grads = np.asarray(jax.grad(lambda x: plackett_luce_loss(x, RANKED_REF, beta=0.3)[0].sum())(jnp.asarray(RANKED)))
+        slope = jax.jit(jax.grad(lambda x: ranked_loss(x, RANKED_REF, beta=0.3)[0].sum()))
+        grads = np.asarray(slope(jnp.asarray(RANKED)))
     rewards, expected = 0.3 * (RANKED - RANKED_REF), np.zeros_like(RANKED)
     for k in range(3):
         shares = np.exp(rewards[:, k:])
@@ -255,7 +260,7 @@ def test_gradient_of_plackett_luce():
 def test_a_ranking_that_is_all_but_certain_keeps_its_digits():
     """In float32, where log(1 + exp(-30)) is 0: the loss is exp(-30) for each of the two choices."""
     logps = np.float32([[0.0, -30.0, -60.0]])
-    losses = plackett_luce_loss(logps, np.zeros_like(logps), beta=1.0)[0]
+    losses = ranked_loss(logps, np.zeros_like(logps), beta=1.0)[0]
     np.testing.assert_allclose(losses, 2 * np.exp(-30.0), rtol=1e-6)
 
 
@@ -284,5 +289,5 @@ def test_ties_count_half_and_rounding_is_a_tie(array):
 
 
 def test_a_ranking_is_right_where_its_best_is_above_its_worst():
-    _, rewards = plackett_luce_loss(RANKED, RANKED_REF, beta=0.1)
+    _, rewards = ranked_loss(RANKED, RANKED_REF, beta=0.1)
     assert pair_accuracy(rewards, RANKED, RANKED_REF).tolist() == [1, 0, 0.5]

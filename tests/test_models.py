@@ -194,16 +194,6 @@ def test_attend_equals_a_loop_over_queries():
         np.testing.assert_allclose(out[r, i, n], weights @ v[r, seen, n // 2], atol=1e-6)
 
 
-def test_a_query_without_keys_is_finite_also_in_the_gradient():
-    q = jnp.ones((1, 2, 1, 2))
-    none = np.zeros((1, 2), np.int32)
-
-    def total(q):
-        return attend(q, q, q, VisibleKeys(none, none), Scoring(1.0)).sum()
-
-    assert jnp.isfinite(jax.grad(total)(q)).all()
-
-
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotated_products_depend_on_distance_only(interleaved):
     rope = Rope(100.0, 4, interleaved=interleaved)

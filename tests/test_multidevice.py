@@ -192,28 +192,35 @@ def test_pieces_that_do_not_make_a_model_are_refused(variables):
         assemble(shapes, [Piece(("params", "kernel"), 0, np.zeros(2))], put=np.asarray)
 
 
+class Words:
+    def decode(self, ids, **_):
+        return str(ids)
+
+
+PROMPTS = [np.arange(1, 2 + number // 2 % 3, dtype=np.int32) for number in range(24)]  # two of each
+
+
+def completed(partitioner, variables, batch):
+    complete = Completer(partitioner, MODEL, Words(), stop_ids=[0], max_new_tokens=8, batch=batch)
+    return complete(variables, PROMPTS, jax.random.key(3))
+
+
+@pytest.fixture(scope="module")
+def completions_of_one_device(variables):
+    return completed(single_device(), single_device().put_variables(variables), 64)
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_completions_do_not_depend_on_devices_and_batches(way, variables):
-    """Two of each prompt; on four devices and in small batches some wait until others have ended."""
-    prompts = [np.arange(1, 2 + number // 2 % 3, dtype=np.int32) for number in range(24)]
-
-    class Words:
-        def decode(self, ids, **_):
-            return str(ids)
-
-    def completions(partitioner, batch):
-        placed = partitioner.put_variables(variables)
-        complete = Completer(partitioner, MODEL, Words(), stop_ids=[0], max_new_tokens=8, batch=batch)
-        return complete(placed, prompts, jax.random.key(3)), placed
-
-    expected, _ = completions(single_device(), 64)
-    partitioner = WAYS[way]()
-    found, placed = completions(partitioner, 4)
+def test_completions_do_not_depend_on_devices_and_batches(way, variables, completions_of_one_device):
+    """On four devices and in small batches some wait until others have ended."""
+    partitioner, expected = WAYS[way](), completions_of_one_device
+    placed = partitioner.put_variables(variables)
+    found = completed(partitioner, placed, 4)
     assert found.texts == expected.texts
     assert len(set(found.texts)) > 20
     np.testing.assert_allclose(found.logps, expected.logps, rtol=1e-5, atol=1e-5)
     score = partitioner.compile_map(functools.partial(sequence_logps, MODEL))
-    again = map_completions(partitioner, score, placed, prompts, found.ids, batch=4)
+    again = map_completions(partitioner, score, placed, PROMPTS, found.ids, batch=4)
     np.testing.assert_allclose(again, found.logps, rtol=1e-5, atol=1e-5)
 
 

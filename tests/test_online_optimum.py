@@ -33,6 +33,15 @@ def rare_world():
     return dataclasses.replace(world, reference=reference, rewards=rewards), best
 
 
+TX = make_optimizer(lambda step: 0.1 * (1 - step / (ROUNDS * STEPS)), name="adamw", max_grad_norm=None)
+
+
+@functools.cache
+def compiled_step():
+    world, _ = rare_world()
+    return jax.jit(functools.partial(dpo_step, model=world.model, tx=TX, loss=functools.partial(dpo_loss, beta=world.beta)))
+
+
 def distance(*, online, seed):
     """Total variation between pi* and the policy that `ROUNDS` of labels and steps lead to."""
     world, _ = rare_world()
@@ -43,9 +52,7 @@ def distance(*, online, seed):
         Encoded(world.prompts[i], world.completions[w], world.completions[l]) for i, (w, l) in zip(x, pairs, strict=True)
     ]
     rows = plain_rows(encoded, length=1 + world.length, ref_logps=world.ref_logps[x[:, None], pairs])
-    tx = make_optimizer(lambda step: 0.1 * (1 - step / (ROUNDS * STEPS)), name="adamw", max_grad_norm=None)
-    state, loss = init_state(world.reference, tx), functools.partial(dpo_loss, beta=world.beta)
-    step = jax.jit(functools.partial(dpo_step, model=world.model, tx=tx, loss=loss))
+    state, step = init_state(world.reference, TX), compiled_step()
     rng, asked, wins = np.random.default_rng(seed), np.zeros(len(x)), np.zeros(len(x))
     wins_with = 1 / (1 + np.exp(world.rewards[x, pairs[:, 1]] - world.rewards[x, pairs[:, 0]]))
     for _ in range(ROUNDS):

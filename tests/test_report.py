@@ -113,6 +113,22 @@ def change(path, **values):
     json_to(path, json.loads(path.read_text()) | values)
 
 
+@pytest.fixture
+def curves():
+    """Asked for by the tests that look at the curves of training, which take most of the time of a report to draw."""
+
+
+@pytest.fixture(autouse=True)
+def _one_small_curve(request, monkeypatch):
+    def stand_in(rows, directory, *, format):
+        directory.mkdir(parents=True)
+        (directory / f"loss.{format}").write_text('<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>')
+        return [directory / f"loss.{format}"] if rows else []
+
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", stand_in)
+
+
 def report(*arguments, out):
     result = call("report", *arguments, "--report.out", out)
     assert result.code == 0, result.err
@@ -122,6 +138,7 @@ def report(*arguments, out):
 # What the page shows.
 
 
+@pytest.mark.usefixtures("curves")
 def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(finished, tmp_path):
     out, page, markdown = report(finished, out=tmp_path)
     assert [line for line in out.splitlines() if not line.startswith("/")] == [
@@ -157,6 +174,7 @@ def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(f
     assert [seen.text.count(f"Prompt {i}?") for i in range(9)] == [1] * 6 + [0] * 3
 
 
+@pytest.mark.usefixtures("curves")
 def test_the_page_is_self_contained_and_has_no_script(finished, tmp_path):
     _, page, markdown = report(finished, out=tmp_path)
     seen = Seen(page)
@@ -220,6 +238,7 @@ def test_a_page_by_hand():
     assert "> **Prompt:** q\n>\n> **who:** w\n" in markdown
 
 
+@pytest.mark.usefixtures("curves")
 def test_several_runs_stand_side_by_side(finished, tmp_path):
     second = make_run(tmp_path / "second", beta=0.5, steps=3)
     shutil.rmtree(second / "eval")
@@ -284,6 +303,7 @@ def test_the_digest_is_that_which_eval_writes_down():
     assert (alarms, rows) == ([], [["sft/export, as it is now", "a" * 12, "-"]])
 
 
+@pytest.mark.usefixtures("curves")
 def test_what_failed_is_told(copy, tmp_path):
     folder = copy / "dpo"
     for name in ("export", "plots"):  # a run that has not come to them

@@ -47,15 +47,16 @@ def minimiser(loss, rewards, rate):
     chance = 1 / (1 + np.exp(rewards[second] - rewards[first]))
     weights = (1 - rate) * chance + rate * (1 - chance)
 
-    def expected(logits):
+    def expected(logits, weights):
         logps = jax.nn.log_softmax(ref + logits)
         pairs, ref_pairs = (jnp.stack([x[first], x[second]], axis=1) for x in (logps, ref))
         return (weights * loss(pairs, ref_pairs)[0]).mean() + (logits.mean()) ** 2  # the mean is free
 
-    logits, slope, curvature = jnp.zeros(len(rewards)), jax.jit(jax.grad(expected)), jax.jit(jax.hessian(expected))
+    logits, slopes = np.zeros(len(rewards)), jax.jit(lambda *given: (jax.grad(expected)(*given), jax.hessian(expected)(*given)))
     for _ in range(60):
-        step = jnp.linalg.solve(curvature(logits), slope(logits))
-        logits = logits - step * jnp.minimum(1.0, 2.0 / jnp.abs(step).max())
+        slope, curvature = map(np.asarray, slopes(logits, weights))
+        step = np.linalg.solve(curvature, slope)
+        logits = logits - step * min(1.0, 2.0 / max(np.abs(step).max(), 1e-300))
     u = np.asarray(jax.nn.log_softmax(ref + logits) - ref)
     return BETA * (u - u.mean())
 

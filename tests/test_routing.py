@@ -54,31 +54,43 @@ def variables():
 def rows(variables):
     """Seven pairs in eight rows: one is a filler. The reference is the policy."""
     found = Layout("shared", length=32, scored=32, rows_multiple=8).rows(random_pairs(7))
-    return found.replace(ref_logps=np.asarray(reference_logps(MODEL, variables, found)))
+    return found.replace(ref_logps=np.asarray(jax.jit(functools.partial(reference_logps, MODEL))(variables, found)))
+
+
+@functools.cache
+def balance_of(name):
+    """fn(rows) -> the load-balancing loss of a golden model."""
+    model, variables = load_hf(GOLDEN / "models" / name)
+    return functools.partial(jax.jit(lambda variables, rows: balance_loss(model.route(variables, rows)[1])), variables)
 
 
 @pytest.mark.parametrize("case", ["whole", "padded"])
 @pytest.mark.parametrize("name", STORED["losses"])
 def test_the_loss_is_that_of_transformers(name, case):
-    model, variables = load_hf(GOLDEN / "models" / name)
     tokens = load_file(GOLDEN / "models" / name / "logits.safetensors")["input_ids"]
     rows = text_rows(tokens)
     if case == "padded":
         x = np.arange(tokens.shape[1], dtype=np.int32)
         after = (x >= STORED["short"]) & (np.arange(2) == 1)[:, None]
         rows = rows.replace(k_start=np.where(after, x, rows.k_start), tokens=np.where(after, 0, tokens))
-    loss = jax.jit(lambda variables, rows: balance_loss(model.route(variables, rows)[1]))(variables, rows)
-    assert float(loss) == pytest.approx(STORED["losses"][name][case], abs=1e-5)
+    assert float(balance_of(name)(rows)) == pytest.approx(STORED["losses"][name][case], abs=1e-5)
 
 
 def test_padding_is_known_in_every_layout():
     pairs = [Encoded(*(np.arange(1, 1 + n, dtype=np.int32) for n in sizes)) for sizes in ((1, 1, 1), (4, 1, 3), (1, 3, 1))]
     real = [sum(len(part) for part in (pair.prompt, pair.chosen, pair.rejected)) for pair in pairs]
-    np.testing.assert_array_equal(counted_tokens(shared_rows(pairs, length=12)).sum(axis=1), real)
-    packed = Layout("packed", length=24, scored=16, per_row=3, rows_multiple=2).rows(pairs)
-    assert counted_tokens(packed).sum() == sum(real)
-    texts = completion_rows([(pair.prompt, pair.chosen) for pair in pairs], length=9)
-    np.testing.assert_array_equal(counted_tokens(texts).sum(axis=1), [len(pair.prompt) + len(pair.chosen) for pair in pairs])
+    counted = jax.jit(counted_tokens)
+    shared, packed, texts = (
+        np.asarray(counted(rows)).sum(axis=1)
+        for rows in (
+            shared_rows(pairs, length=12),
+            Layout("packed", length=24, scored=16, per_row=3, rows_multiple=2).rows(pairs),
+            completion_rows([(pair.prompt, pair.chosen) for pair in pairs], length=9),
+        )
+    )
+    np.testing.assert_array_equal(shared, real)
+    assert packed.sum() == sum(real)
+    np.testing.assert_array_equal(texts, [len(pair.prompt) + len(pair.chosen) for pair in pairs])
 
 
 def test_what_a_router_that_prefers_nobody_is_told():
@@ -105,7 +117,8 @@ def test_the_loss_and_its_gradient_come_on_top(variables, rows):
     tx = optax.sgd(1.0)
     step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, router_aux_loss=COEFFICIENT)
     after, metrics = jax.jit(step)(init_state(variables, tx), rows)
-    (loss, of_loss), (extra, of_balance) = (jax.jit(jax.value_and_grad(f))(variables) for f in (total, balance))
+    alone = jax.jit(lambda variables: [jax.value_and_grad(f)(variables) for f in (total, balance)])
+    (loss, of_loss), (extra, of_balance) = alone(variables)
     assert float(metrics["loss"]) == pytest.approx(float(loss + COEFFICIENT * extra), abs=1e-6)
     assert float(metrics["loss"] - metrics["router/aux_loss"]) == pytest.approx(np.log(2), abs=1e-6)  # routes alike
     assert metrics.keys() >= ROUTER

@@ -315,7 +315,7 @@ def test_every_completion_of_a_ranking_sees_its_prompt_and_itself(kind, completi
 def test_rankings_of_shared_rows_have_the_log_probabilities_of_plain_ones():
     sizes: dict[str, Any] = {"vocab_size": 64, "width": 16, "layers": 1, "heads": 2, "max_positions": 64, "eos_token_id": 0}
     model = make_model(decoder_config(hf_config("llama", **sizes)))
-    variables = model.init(jax.random.key(0))
+    variables = jax.jit(model.init)(jax.random.key(0))
     rankings = [example(3, number) for number in range(3)]
     score = jax.jit(functools.partial(completion_logps, model))
     plain = score(variables, ranking_rows([(one.prompt, one.completions) for one in rankings], length=20))
@@ -358,8 +358,16 @@ def state():
     return init_state(MODEL.init(jax.random.key(0)), TX)
 
 
+@functools.cache
+def compiled_step(loss, **options):
+    return jax.jit(functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, **options))
+
+
 def stepped(loss, state, rows, **options):
-    return jax.jit(functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, **options))(state, rows)
+    return compiled_step(loss, **options)(state, rows)
+
+
+UNPAIRED = {name: named_loss(name, beta=0.3) for name in ("kto", "apo_zero_unpaired")}
 
 
 def test_a_step_of_kto_is_the_same_in_every_layout(state):
@@ -371,7 +379,8 @@ def test_a_step_of_kto_is_the_same_in_every_layout(state):
         for name, value in metrics.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.params, plain.params)
-    logps = np.asarray(completion_logps(MODEL, state.variables, KINDS["plain"].rows(SINGLES)))[:7]
+    score = jax.jit(functools.partial(completion_logps, MODEL))
+    logps = np.asarray(score(state.variables, KINDS["plain"].rows(SINGLES)))[:7]
     good = np.array([one.desirable for one in SINGLES])
     labels = {"desirable": good.astype(np.float32), "weight": np.ones(7, np.float32)}
     losses, rewards = map(np.asarray, loss(logps, REF, **labels))
@@ -392,9 +401,9 @@ def test_a_step_of_kto_is_the_same_in_every_layout(state):
         assert metrics[name] == pytest.approx(summary[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("name", ["kto", "apo_zero_unpaired"])
+@pytest.mark.parametrize("name", UNPAIRED)
 def test_losses_of_single_completions_do_not_depend_on_the_parts_of_a_batch(name, state):
-    rows, loss = KINDS["shared"].rows(SINGLES, ref_logps=REF), named_loss(name, beta=0.3)
+    rows, loss = KINDS["shared"].rows(SINGLES, ref_logps=REF), UNPAIRED[name]
     whole = stepped(loss, state, rows)[1]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss, axis_name="data")
@@ -402,8 +411,13 @@ def test_losses_of_single_completions_do_not_depend_on_the_parts_of_a_batch(name
     for found in (stepped(loss, state, rows, microbatches=4)[1], mapped(state, rows)[1]):
         for name, value in whole.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_kto_of_a_sharded_batch(state):
+    rows = KINDS["shared"].rows(SINGLES, ref_logps=REF)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(rows, jax.sharding.NamedSharding(mesh, P("data")))
-    one, other = (stepped(named_loss("kto"), state, part)[1] for part in (rows, sharded))
+    one, other = (stepped(UNPAIRED["kto"], state, part)[1] for part in (rows, sharded))
     for name, value in one.items():
         np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 

@@ -25,7 +25,18 @@ print(json.dumps({"imported": imported, "then": sorted(sys.modules), "collects":
 """
 # Each is needed by somebody, later or elsewhere, and takes a tenth of a second or more.
 LATER = {
-    *("matplotlib", "pandas", "pyarrow", "tensorflow", "tensorflow_datasets", "torch", "datasets", "sklearn", "scipy"),
+    *(
+        "matplotlib",
+        "pandas",
+        "array_record",
+        "pyarrow",
+        "tensorflow",
+        "tensorflow_datasets",
+        "torch",
+        "datasets",
+        "sklearn",
+        "scipy",
+    ),
     *("jax.experimental.pallas.ops", "jax.experimental.pallas.triton", "tyro", "wandb", "tensorboardX"),
     *("dpo_jax.models.attention_gpu", "dpo_jax.models.attention_tpu", "transformers.models.auto.tokenization_auto"),
     *("transformers.models.auto.configuration_auto", "transformers.modeling_utils"),

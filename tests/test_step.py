@@ -97,10 +97,8 @@ def test_gradients_of_bfloat16_parameters_are_summed_in_float32(variables):
     grads = jax.jit(functools.partial(mean_grads, mean_loss, microbatches=4))
     (ours, _), rows = grads(half, rows_of("shared")), rows_of("shared")
     total = rows.weight.sum()
-    parts = [
-        jax.jit(jax.grad(lambda v, part: (mean_loss(v, part)[0] * part.weight).sum() / total))(half, part)
-        for part in (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], rows) for i in range(4))
-    ]
+    grad = jax.jit(jax.grad(lambda v, part: (mean_loss(v, part)[0] * part.weight).sum() / total))
+    parts = [grad(half, jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], rows)) for i in range(4)]
     expected = jax.tree.map(lambda *xs: np.sum([np.asarray(x, np.float32) for x in xs], axis=0), *parts)
     for mine, sum_ in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert mine.dtype == jnp.float32
@@ -179,29 +177,32 @@ def test_gradient_is_the_one_of_the_paper():
         variables = jax.tree.map(lambda x: x.astype(jnp.float64), model.init(jax.random.key(0)))
         rows = Layout("shared", length=32, scored=32).rows(PAIRS[:1], ref_logps=REF[:1])
         rows = rows.replace(ref_logps=rows.ref_logps.astype(np.float64), weight=rows.weight.astype(np.float64))
-        grads, _ = mean_grads(lambda v, r: (LOSS(completion_logps(model, v, r), r.ref_logps)[0], {}), variables, rows)
-        sides = [jax.grad(lambda v, side=side: completion_logps(model, v, rows)[0, side])(variables) for side in (0, 1)]
-        log_ratios = np.asarray(completion_logps(model, variables, rows)) - rows.ref_logps
+        objective = functools.partial(mean_grads, lambda v, r: (LOSS(completion_logps(model, v, r), r.ref_logps)[0], {}))
+        grads, _ = jax.jit(objective)(variables, rows)
+        logps = jax.jit(functools.partial(completion_logps, model))
+        jacobian = jax.jit(jax.jacrev(lambda v: completion_logps(model, v, rows)[0]))(variables)
+        log_ratios = np.asarray(logps(variables, rows)) - rows.ref_logps
         push = -0.1 / (1 + np.exp(0.1 * (log_ratios[0, 0] - log_ratios[0, 1])))
-        expected = jax.tree.map(lambda chosen, rejected: push * (chosen - rejected), *sides)
+        expected = jax.tree.map(lambda sides: push * np.asarray(sides[0] - sides[1]), jacobian)
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-14), grads, expected)
 
 
 def test_texts_of_one_token_have_nothing_to_score(variables):
-    assert sequence_logps(MODEL, variables, causal_rows([[5], [6]])).tolist() == [0, 0]
+    logps = jax.jit(functools.partial(sequence_logps, MODEL))(variables, causal_rows([[5], [6]]))
+    assert logps.tolist() == [0, 0]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+@functools.partial(jax.grad, has_aux=True)
+def in_chunks(variables, chunk):
+    logps = sequence_logps(MODEL, variables, rows_of("packed"), chunk=chunk)
+    return jnp.sum(logps * np.arange(logps.shape[0], dtype=np.float32)), logps
 
 
 @pytest.mark.parametrize("chunk", [8, 100])
 def test_chunked_head_equals_dense(chunk, variables):
-    rows = rows_of("packed")
-
-    def total(variables, chunk):
-        logps = sequence_logps(MODEL, variables, rows, chunk=chunk)
-        return jnp.sum(logps * np.arange(logps.shape[0], dtype=np.float32)), logps
-
-    grad = jax.jit(jax.grad(total, has_aux=True), static_argnums=1)
-    dense_grads, dense = grad(variables, 10**6)
-    grads, chunked = grad(variables, chunk)
+    dense_grads, dense = in_chunks(variables, 10**6)
+    grads, chunked = in_chunks(variables, chunk)
     np.testing.assert_allclose(chunked, dense, rtol=1e-6, atol=1e-5)
     scale = float(optax.tree.norm(dense_grads))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * scale), grads, dense_grads)
@@ -247,9 +248,10 @@ def test_chunks_without_a_used_position_are_not_computed():
         logps = token_logps(head, table, hidden, target, used=used, chunk=64)
         return jnp.where(used, logps, 0.0).sum()
 
-    value, (d_table, d_hidden) = jax.value_and_grad(total, argnums=(0, 1))(table, hidden, target, used)
+    with_gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    value, (d_table, d_hidden) = with_gradients(table, hidden, target, used)
     together = (hidden[used][None], target[used][None], np.ones((1, 64), bool))
-    expected, (d_expected, d_used) = jax.value_and_grad(total, argnums=(0, 1))(table, *together)
+    expected, (d_expected, d_used) = with_gradients(table, *together)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(d_table, d_expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(d_hidden[used], d_used[0], rtol=1e-5, atol=1e-6)
@@ -270,8 +272,10 @@ def test_the_step_holds_no_reference_model(variables, tx):
     assert constants < 0.01 * size
 
 
-def test_fillers_and_order_do_not_matter(variables):
-    step = jax.jit(functools.partial(sft_step, model=MODEL, tx=optax.sgd(1e-3)))
+def test_fillers_and_order_do_not_matter():
+    model = toy_model()
+    variables = model.init(jax.random.key(0))
+    step = jax.jit(functools.partial(sft_step, model=model, tx=optax.sgd(1e-3)))
     texts = [(p.prompt, p.chosen) for p in PAIRS]
     exact, filled = (Layout("plain", length=32, scored=16, rows_multiple=m).rows(texts) for m in (1, 8))
     results = [step(init_state(variables, optax.sgd(1e-3)), rows)[1] for rows in (exact, filled)]
@@ -279,10 +283,12 @@ def test_fillers_and_order_do_not_matter(variables):
         np.testing.assert_allclose(results[1][name], results[0][name], rtol=1e-5)
 
 
-def test_microbatches_without_an_example_are_not_computed(variables, tx):
+def test_microbatches_without_an_example_are_not_computed(tx):
     """2 of 4: NaN in them, which times weight 0 is NaN, reaches nothing."""
+    model = toy_model()
+    variables = model.init(jax.random.key(0))
     rows = Layout("shared", length=32, scored=32, rows_multiple=12).rows(PAIRS[:6], ref_logps=REF[:6])
-    steps = [jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, microbatches=n)) for n in (1, 4)]
+    steps = [jax.jit(functools.partial(dpo_step, model=model, tx=tx, loss=LOSS, microbatches=n)) for n in (1, 4)]
     expected = steps[0](init_state(variables, tx), rows)
     rows = rows.replace(ref_logps=np.where(rows.weight[:, None] > 0, rows.ref_logps, np.nan))
     assert np.isnan(float(steps[0](init_state(variables, tx), rows)[1]["loss"]))
@@ -339,16 +345,24 @@ def test_two_numbers_of_a_token_come_out_of_the_head_in_chunks(variables):
         np.testing.assert_array_equal(both[:, 1], (best == target)[used])
 
 
-def test_losses_lead_to_different_updates(variables, tx, one_device):
+def test_losses_lead_to_different_updates(tx):
+    model = toy_model()
+    state = init_state(model.init(jax.random.key(0)), tx)
+
+    def taken(loss):
+        return jax.jit(functools.partial(dpo_step, model=model, tx=tx, loss=loss))(state, rows_of("shared"))[1]
+
+    expected = taken(LOSS)
     for loss in (functools.partial(ipo_loss, beta=0.1), functools.partial(dpo_loss, beta=0.1, label_smoothing=0.2)):
-        step = jax.jit(functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss))
-        _, metrics = step(init_state(variables, tx), rows_of("shared"))
-        assert abs(float(metrics["loss"]) - float(one_device[1]["loss"])) > 1e-3
-        np.testing.assert_allclose(metrics["logps/chosen"], one_device[1]["logps/chosen"], rtol=1e-5)
+        metrics = taken(loss)
+        assert abs(float(metrics["loss"]) - float(expected["loss"])) > 1e-3
+        np.testing.assert_allclose(metrics["logps/chosen"], expected["logps/chosen"], rtol=1e-5)
 
 
-def test_extras_reach_the_loss_with_their_pairs(variables, tx):
+def test_extras_reach_the_loss_with_their_pairs(tx):
     """A loss with a margin and lengths of each pair: the same number from every layout, in microbatches and under pmap."""
+    model = toy_model()
+    variables = model.init(jax.random.key(0))
     gap = np.arange(len(PAIRS), dtype=np.float32)
 
     def loss(logps, ref_logps, gap, lengths):
@@ -360,9 +374,9 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
         return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": np.asarray(completion_lengths(rows))})
 
     lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
-    logps = jax.jit(functools.partial(completion_logps, MODEL))(variables, plain_rows(PAIRS, length=32))
+    logps = jax.jit(functools.partial(completion_logps, model))(variables, plain_rows(PAIRS, length=32))
     expected = loss(logps, REF, gap, lengths)[0].mean()
-    step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=loss)
+    step = functools.partial(dpo_step, model=model, tx=tx, loss=loss)
     for kind, microbatches in (("plain", 1), ("packed", 4)):
         run = jax.jit(functools.partial(step, microbatches=microbatches))
         _, metrics = run(init_state(variables, tx), with_extras(kind))
@@ -373,7 +387,7 @@ def test_extras_reach_the_loss_with_their_pairs(variables, tx):
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     with pytest.raises(TypeError, match="unexpected keyword argument 'gap'"):
         jax.eval_shape(
-            functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS), init_state(variables, tx), with_extras("plain")
+            functools.partial(dpo_step, model=model, tx=tx, loss=LOSS), init_state(variables, tx), with_extras("plain")
         )
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import dpo_jax
+from dpo_jax.cli.exit_codes import exit_code
 from dpo_jax.data.encode import Encoded
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import ForeignCache
+from dpo_jax.runtime.checkpoint import CheckpointDamaged
 from dpo_jax.runtime.fit import Preempted
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
@@ -152,6 +154,21 @@ def test_another_run_is_refused_by_what_differs(tmp_path):
     small(tmp_path / "data", fingerprint={"data": "a"}, data={"file a": "x"})
     with pytest.raises(RunMismatch, match=r"data holds a run with other data:\n  file a: has other contents"):
         small(tmp_path / "data", fingerprint={"data": "b"}, data={"file a": "y"})
+
+
+# When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_checkpoints_of_which_none_verifies_are_not_trained_over(tmp_path):
+    small(tmp_path)
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    for _ in range(2):  # a second time as a scheduler would start it again
+        with pytest.raises(CheckpointDamaged) as damaged:
+            small(tmp_path, 5)
+        assert exit_code(damaged.value) == 74
+    assert (tmp_path / "metrics.jsonl").read_bytes() == metrics
 
 
 def test_a_fingerprint_is_what_json_makes_of_it(tmp_path):
