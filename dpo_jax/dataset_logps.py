@@ -12,7 +12,7 @@ import numpy as np
 from dpo_jax.data.arguments import check_pairs
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import places_of
-from dpo_jax.data.loader import in_order, plan_layout
+from dpo_jax.data.loader import eval_batches, plan_layout
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.reference import check_finite, reference_logps
 from dpo_jax.types import Model, Partitioner, Rows, Variables
@@ -73,7 +73,7 @@ def reference_logps_of(
     shape = plan_layout(pairs, kind=layout, batch=batch, multiple=shards * (places if layout == "plain" else 1))
     logps = np.empty((len(pairs), places), np.float32)
     done = 0
-    for laid_out in in_order(pairs, layout=shape, batch=batch, part=part):
+    for laid_out in eval_batches(pairs, layout=shape, batch=batch, part=part):
         numbers, values = laid_out.of_examples(run(variables, laid_out.rows))
         check_finite([pairs[i] for i in numbers], values, numbers=numbers)
         logps[numbers] = values

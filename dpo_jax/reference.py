@@ -297,9 +297,9 @@ def fill_cache(
 ) -> int:
     """Computes the entries of `pairs` that the cache lacks, batch by batch, and returns their number.
 
-    `batches(pairs)` lays out the pairs (`loader.in_order`); `logps(rows) -> float32[P, 2]` is the compiled `reference_logps`.
-    Without a cache it computes all of `pairs` and keeps nothing, as on a host that helps another one. A batch is written, and
-    synced to disk, while the next one is computed.
+    `batches(pairs)` lays out the pairs (`loader.eval_batches`); `logps(rows) -> float32[P, 2]` is the compiled
+    `reference_logps`. Without a cache it computes all of `pairs` and keeps nothing, as on a host that helps another one. A
+    batch is written, and synced to disk, while the next one is computed.
     """
     todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
 

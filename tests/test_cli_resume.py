@@ -22,7 +22,7 @@ from tiny_run import done as done
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DataConfig, load_config
-from dpo_jax.data.loader import stream
+from dpo_jax.data.loader import train_batches
 from dpo_jax.reference import RECORD
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import split_rows
@@ -296,7 +296,7 @@ def test_the_reference_pass_fits_any_batch_to_any_number_of_devices(done, tmp_pa
 def test_every_batch_divides_into_the_parts_without_tearing_a_pair(layout, batch, parts):
     pairs = random_pairs(7)  # the last batch is a part of one
     config = Config(data=DataConfig(layout=layout))
-    at = stream(pairs, layout=build.pair_layout(config, pairs, batch=batch, parts=parts), batch=batch, seed=0, epochs=1)
+    at = train_batches(pairs, layout=build.pair_layout(config, pairs, batch=batch, parts=parts), batch=batch, seed=0, epochs=1)
     for step in range(-(-7 // batch)):
         rows = split_rows(at(step).rows, parts)  # raises where it does not divide
         assert rows.tokens.shape[1] * rows.slots == 2 * rows.index.shape[1] == 2 * rows.weight.shape[1]

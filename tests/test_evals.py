@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_step import random_pairs
 
-from dpo_jax.data.loader import in_order, plan_layout
+from dpo_jax.data.loader import eval_batches, plan_layout
 from dpo_jax.evals.intervals import mean_with_error, score_interval, wilson_interval
 from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, preference_summary
 from dpo_jax.losses import dpo_loss, ipo_loss
@@ -107,7 +107,7 @@ def test_held_out_values_come_back_in_the_order_of_the_data(kind):
         counts = (np.asarray(rows.slot)[:, :, None] == np.arange(rows.slots)).sum(axis=1)
         return counts.reshape(-1, 2).astype(np.float32)
 
-    found = held_out_logps(lengths, in_order(pairs, layout=layout, batch=4), pairs=11)
+    found = held_out_logps(lengths, eval_batches(pairs, layout=layout, batch=4), pairs=11)
     np.testing.assert_array_equal(found, [[len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
 
@@ -121,7 +121,7 @@ def test_a_policy_that_gives_nan_is_not_summarised():
         return values
 
     with pytest.raises(NonFiniteLogps, match="1: the policy gives the log-probabilities nan, 0 "):
-        held_out_logps(broken, in_order(pairs, layout=layout, batch=4), pairs=6)
+        held_out_logps(broken, eval_batches(pairs, layout=layout, batch=4), pairs=6)
 
 
 def test_mean_with_error():

@@ -11,7 +11,7 @@ from test_layout import expected, read_out
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import group_pairs
 from dpo_jax.data.layout import plain_rows
-from dpo_jax.data.loader import in_order, make_batch, plan_layout, stream
+from dpo_jax.data.loader import eval_batches, make_batch, plan_layout, train_batches
 from dpo_jax.dpo import dpo_step
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
@@ -102,13 +102,13 @@ def test_the_slots_of_a_pair_hold_its_completions(kind):
 
 def test_batches_tell_which_pairs_they_hold():
     layout = LAYOUTS["packed"]
-    at = stream(GROUPS, layout=layout, batch=4, seed=0, epochs=1, ref_logps=ref_of_groups(layout))
+    at = train_batches(GROUPS, layout=layout, batch=4, seed=0, epochs=1, ref_logps=ref_of_groups(layout))
     uids = [batch.uids[i] for batch in (at(0), at(1)) for i in batch.index if i >= 0]
     assert sorted(uids) == sorted(pair.uid for pair in PAIRS)
     assert at(0).stats["pairs"] + at(1).stats["pairs"] == len(PAIRS)
     scored = sum(len(ids) for group in GROUPS for ids in group.completions)
     assert at(0).stats["scored_tokens"] + at(1).stats["scored_tokens"] == scored
-    assert [batch.first for batch in in_order(GROUPS, layout=layout, batch=4)] == [0, 4 * layout.pairs]
+    assert [batch.first for batch in eval_batches(GROUPS, layout=layout, batch=4)] == [0, 4 * layout.pairs]
 
 
 @pytest.mark.parametrize("way", ["one device", "pmap"])

@@ -7,11 +7,11 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import (
     WORTH_COMPILING,
     batch_indices,
+    eval_batches,
     few_shapes,
-    in_order,
     plan_layout,
-    stream,
     total_steps,
+    train_batches,
 )
 
 
@@ -46,9 +46,9 @@ def test_a_step_is_a_pure_function_of_its_number():
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
 def test_hosts_together_build_the_global_batch(kind):
     layout = plan_layout(PAIRS, kind=kind, batch=6, multiple=8)
-    whole = stream(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF)
+    whole = train_batches(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF)
     for hosts in (1, 2, 4):
-        built = [stream(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF, part=(i, hosts)) for i in range(hosts)]
+        built = [train_batches(PAIRS, layout=layout, batch=6, seed=1, ref_logps=REF, part=(i, hosts)) for i in range(hosts)]
         for step in (0, 5):
             batches, expected = [at(step) for at in built], whole(step)
             rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(batch.rows for batch in batches))
@@ -61,7 +61,7 @@ def test_hosts_together_build_the_global_batch(kind):
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
 def test_batches_keep_one_shape_and_lose_nothing(kind):
     layout = plan_layout(PAIRS, kind=kind, batch=4, multiple=2)
-    batches = stream(PAIRS, layout=layout, batch=4, seed=0, epochs=1, ref_logps=REF)
+    batches = train_batches(PAIRS, layout=layout, batch=4, seed=0, epochs=1, ref_logps=REF)
     uids = []
     for step in range(total_steps(len(PAIRS), batch=4, epochs=1)):
         batch = batches(step)
@@ -80,7 +80,7 @@ def test_batches_keep_one_shape_and_lose_nothing(kind):
 
 def test_in_order_visits_every_example_once():
     layout = plan_layout(PAIRS, kind="shared", batch=4)
-    visited = [*in_order(PAIRS, layout=layout, batch=4)]
+    visited = [*eval_batches(PAIRS, layout=layout, batch=4)]
     uids = np.full(len(PAIRS), "", object)
     for batch in visited:
         numbers, values = batch.of_examples(batch.index * 2)
@@ -92,7 +92,7 @@ def test_in_order_visits_every_example_once():
 
 def test_padding_share_counts_positions_that_hold_no_token():
     layout = plan_layout(PAIRS[:4], kind="shared", batch=4)
-    batch = stream(PAIRS[:4], layout=layout, batch=4, seed=0)(0)
+    batch = train_batches(PAIRS[:4], layout=layout, batch=4, seed=0)(0)
     tokens = sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in PAIRS[:4])
     assert batch.stats["tokens"] == tokens
     assert batch.stats["padding"] == pytest.approx(1 - tokens / (4 * layout.length))
@@ -106,7 +106,7 @@ def test_packed_batches_come_in_few_shapes_with_little_padding():
     layout = plan_layout(pairs, kind="packed", batch=64)
     longest = max(lengths.sum(axis=1))
     assert longest <= layout.length <= max(1024, 2 * longest)
-    batches = [stream(pairs, layout=layout, batch=64, seed=0)(step) for step in range(100)]
+    batches = [train_batches(pairs, layout=layout, batch=64, seed=0)(step) for step in range(100)]
     shapes = {batch.rows.tokens.shape for batch in batches}
     assert shapes <= {(count, layout.length) for count in layout.row_counts}
     assert 2 <= len(shapes) <= 5
@@ -121,7 +121,7 @@ def test_microbatches_of_empty_rows_are_no_padding():
     lengths = np.minimum(generator.lognormal(4.2, 0.6, (600, 3)).astype(int) + 1, 250)
     pairs = [Encoded(*(np.ones(n, np.int32) for n in sizes), uid=str(i)) for i, sizes in enumerate(lengths)]
     layout = plan_layout(pairs, kind="packed", batch=64, multiple=32, microbatches=32)
-    batches = [stream(pairs, layout=layout, batch=64, seed=0)(step) for step in range(50)]
+    batches = [train_batches(pairs, layout=layout, batch=64, seed=0)(step) for step in range(50)]
     assert len({batch.rows.tokens.shape for batch in batches}) <= 2
     assert np.mean([batch.stats["padding"] for batch in batches]) < 0.08
     for batch in batches:
@@ -144,7 +144,7 @@ def test_a_short_pass_has_fewer_programs_and_the_same_row_length():
     layout = plan_layout(pairs, kind="packed", batch=16)
     short = few_shapes(layout, examples=len(pairs), batch=16)
     assert (short.length, short.scored, short.per_row) == (layout.length, layout.scored, layout.per_row)
-    used, before = ({batch.rows.tokens.shape for batch in in_order(pairs, layout=one, batch=16)} for one in (short, layout))
+    used, before = ({batch.rows.tokens.shape for batch in eval_batches(pairs, layout=one, batch=16)} for one in (short, layout))
     assert len(used) == 1 < len(before)
     assert few_shapes(layout, examples=WORTH_COMPILING * 16 + 1, batch=16) == layout
     shared = plan_layout(pairs, kind="shared", batch=16)

@@ -16,7 +16,7 @@ import pytest
 import dpo_jax
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.data.encode import Encoded
-from dpo_jax.data.loader import batch_indices, plan_layout, stream
+from dpo_jax.data.loader import batch_indices, plan_layout, train_batches
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import ReferenceCache, reference_logps
@@ -85,7 +85,7 @@ def run(setup, folder, *, steps=STEPS, before=lambda step, rows: None, score=Non
     return train(
         observed,
         setup.partitioner.put_state(start),
-        stream(setup.pairs, layout=layout, ref_logps=moving.values, **ORDER),
+        train_batches(setup.pairs, layout=layout, ref_logps=moving.values, **ORDER),
         folder=folder,
         total_steps=steps,
         fingerprint={"schedule": "constant", "steps": steps},

@@ -12,7 +12,7 @@ import pytest
 from damage import FAULTS, damage
 from test_step import MODEL, random_pairs
 
-from dpo_jax.data.loader import in_order, plan_layout, stream
+from dpo_jax.data.loader import eval_batches, plan_layout, train_batches
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import (
     RECORD,
@@ -57,7 +57,7 @@ def opened(folder, **changes):
 
 
 def batches_of(kind, batch):
-    return functools.partial(in_order, layout=plan_layout(PAIRS, kind=kind, batch=batch), batch=batch)
+    return functools.partial(eval_batches, layout=plan_layout(PAIRS, kind=kind, batch=batch), batch=batch)
 
 
 @pytest.fixture(scope="module")
@@ -287,8 +287,8 @@ def test_a_pair_without_an_entry_is_named(filled):
 @pytest.mark.parametrize("kind", ["shared", "packed"])
 def test_the_cache_does_not_touch_the_order_of_training(filled, kind):
     layout = plan_layout(PAIRS, kind=kind, batch=4)
-    cached = stream(PAIRS, layout=layout, batch=4, seed=5, epochs=2, ref_logps=opened(filled).lookup(PAIRS))
-    bare = stream(PAIRS, layout=layout, batch=4, seed=5, epochs=2)
+    cached = train_batches(PAIRS, layout=layout, batch=4, seed=5, epochs=2, ref_logps=opened(filled).lookup(PAIRS))
+    bare = train_batches(PAIRS, layout=layout, batch=4, seed=5, epochs=2)
     for step in range(7):
         assert cached(step).uids == bare(step).uids
         np.testing.assert_array_equal(cached(step).rows.tokens, bare(step).rows.tokens)

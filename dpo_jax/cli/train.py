@@ -26,7 +26,7 @@ from dpo_jax.cli.splits import losses_of_rows
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.encode import image_bytes
 from dpo_jax.data.layout import Example, Layout, images_of, places_of
-from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, stream, total_steps
+from dpo_jax.data.loader import batch_indices, few_shapes, plan_layout, skippable, total_steps, train_batches
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import printable
@@ -234,7 +234,7 @@ def train(
         return train_in(
             partitioner.compile_step(step),
             state,
-            stream(
+            train_batches(
                 data.train,
                 layout=plan.layout,
                 batch=section.batch,

@@ -71,7 +71,7 @@ def _permutation(examples: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(examples)
 
 
-def stream(
+def train_batches(
     examples: Sequence[Example],
     *,
     layout: Layout,
@@ -103,7 +103,7 @@ def stream(
     return at
 
 
-def in_order(examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+def eval_batches(examples: Sequence[Example], *, layout: Layout, batch: int, part: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
     """Batches that contain every example once, in order: for evaluation and the reference pass (`Batch.of_examples`).
 
     The next batch is made in a thread while the caller works on one.

@@ -21,8 +21,8 @@ class NonFiniteLogps(FloatingPointError):
 
 
 def held_out_logps(logps: Callable[[Any], np.ndarray], batches: Iterable[Batch], *, pairs: int) -> np.ndarray:
-    """Log-probabilities float32[pairs, 2] in data order: `logps(rows) -> float32[P, 2]` over all batches of `loader.in_order`.
-    For rankings [.., K].
+    """Log-probabilities float32[pairs, 2] in data order: `logps(rows) -> float32[P, 2]` over all `loader.eval_batches`. For
+    rankings [.., K].
 
     Raises `NonFiniteLogps`, naming the first pair with a value that is NaN or infinite.
     """

@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup
-from dpo_jax.data.loader import stream
+from dpo_jax.data.loader import train_batches
 from dpo_jax.lab.dialogue import Conversation, DialogueWorld
 from dpo_jax.lab.methods import PairData, PairMethod, grouped_data, in_layout, policy_of
 from dpo_jax.lab.world import Points
@@ -138,7 +138,7 @@ def train_online(
             labelled = label_conversations(drawn, how, seed=1000 * seed + number, name=f"round {number}")
             so_far.append(in_layout(world, method.data, labelled.groups))
             begin, end = (steps * n // rounds for n in (number, number + 1))
-            batches = stream(
+            batches = train_batches(
                 list(itertools.chain.from_iterable(data.groups for data in so_far)),
                 layout=method.data.layout,
                 batch=method.data.batch,

@@ -14,7 +14,7 @@ import optax
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import in_order, plan_layout, skippable, stream, total_steps
+from dpo_jax.data.loader import eval_batches, plan_layout, skippable, total_steps, train_batches
 from dpo_jax.dpo import dpo_step
 from dpo_jax.lab.world import Points, Trainable
 from dpo_jax.reference import reference_logps
@@ -61,7 +61,7 @@ def in_layout(world: Trainable, like: PairData, groups: Sequence[PairGroup]) -> 
     layout, several = like.layout, like.batch
     score = world.partitioner.compile_map(functools.partial(reference_logps, world.model))
     ref_logps = np.zeros((len(groups), layout.pairs, 2), np.float32)
-    for batched in in_order(groups, layout=layout, batch=several, part=world.partitioner.host_part):
+    for batched in eval_batches(groups, layout=layout, batch=several, part=world.partitioner.host_part):
         numbers, found = batched.of_examples(score(world.reference, batched.rows))
         ref_logps.reshape(-1, 2)[numbers] = found
     return like._replace(groups=groups, ref_logps=ref_logps)
@@ -134,7 +134,7 @@ class PairMethod:
             state = fit(
                 self.step,
                 self.start(settings),
-                stream(
+                train_batches(
                     data.groups,
                     layout=data.layout,
                     batch=data.batch,

@@ -16,7 +16,7 @@ import optax
 from dpo_jax.data.encode import Bos, Encoded
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
-from dpo_jax.data.loader import in_order, plan_layout, round_up, stream, total_steps
+from dpo_jax.data.loader import eval_batches, plan_layout, round_up, total_steps, train_batches
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.evals.reward_functions import Reward, learned, with_ends
@@ -53,7 +53,7 @@ class RewardModel:
         groups = group_pairs(pairs)
         several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=self.partitioner)
         rewards = np.full((len(groups), layout.pairs, 2), np.nan)
-        for one in in_order(groups, layout=layout, batch=several, part=self.partitioner.host_part):
+        for one in eval_batches(groups, layout=layout, batch=several, part=self.partitioner.host_part):
             numbers, scores = one.of_examples(self.score(variables, one.rows))
             rewards.reshape(-1, 2)[numbers] = scores
         found = np.empty((len(pairs), 2))
@@ -138,7 +138,7 @@ def fit_reward_model(
     state = train(
         partitioner.compile_step(step),
         partitioner.init_state(functools.partial(make_state, tx=tx), placed),
-        stream(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
+        train_batches(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
         folder=folder,
         total_steps=steps,
         fingerprint={**fingerprint, **own},

@@ -16,7 +16,7 @@ from dpo_jax.data.encode import Encoded, PromptImages
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.images import ImageFile, Processing, as_png, open_image, pixels
 from dpo_jax.data.layout import Completion
-from dpo_jax.data.loader import plan_layout, stream
+from dpo_jax.data.loader import plan_layout, train_batches
 from dpo_jax.lab.methods import PairData, PairMethod, grouped_data, in_layout
 from dpo_jax.lab.scene_encoder import encoder_config, train_encoder
 from dpo_jax.lab.world import Points, with_interval
@@ -171,7 +171,7 @@ class ScenesWorld:
             state = train(
                 partitioner.compile_step(step),
                 partitioner.init_state(functools.partial(init_state, tx=tx), variables),
-                stream(texts, layout=layout, batch=sizes.sft_batch, seed=self.seed),
+                train_batches(texts, layout=layout, batch=sizes.sft_batch, seed=self.seed),
                 folder=self.folder / "sft",
                 total_steps=sizes.sft_steps,
                 save_every=500,

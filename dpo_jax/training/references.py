@@ -13,7 +13,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, places_of
-from dpo_jax.data.loader import Batch, few_shapes, in_order, plan_layout
+from dpo_jax.data.loader import Batch, eval_batches, few_shapes, plan_layout
 from dpo_jax.logps import scored_hidden
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import ForeignCache, ReferenceCache, check_finite, fill_cache, pair_key, reference_logps
@@ -83,7 +83,7 @@ def cached_reference_logps(
         absent[store.missing(pairs)] = 1
     todo = [pairs[int(number)] for number in np.flatnonzero(from_first(absent))]
     layout = few_shapes(layout, examples=len(todo), batch=batch)
-    batches = functools.partial(in_order, layout=layout, batch=batch, part=partitioner.host_part)
+    batches = functools.partial(eval_batches, layout=layout, batch=batch, part=partitioner.host_part)
     compiled = partitioner.compile_map(functools.partial(reference_logps, model, ld_alpha=ld_alpha))
     distinct = len({pair_key(pair) for pair in pairs})
     if len(todo) < distinct:

@@ -86,7 +86,7 @@ def train(
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
 
-    >>> from dpo_jax.data.loader import plan_layout, stream, total_steps
+    >>> from dpo_jax.data.loader import plan_layout, train_batches, total_steps
     >>> from dpo_jax.data.prepare import data_digest
     >>> from dpo_jax.runtime.mesh import make_mesh
     >>> from dpo_jax.runtime.parallel import mesh_partitioner
@@ -97,7 +97,7 @@ def train(
     >>> ref_logps = cached_reference_logps(model, variables, encoded, cache="run/refs", partitioner=partitioner)
     >>> layout = plan_layout(encoded, kind="packed", batch=2, multiple=partitioner.row_shards)
     >>> order = {"batch": 2, "seed": 0, "epochs": 4}
-    >>> batches = stream(encoded, layout=layout, ref_logps=ref_logps, part=partitioner.host_part, **order)
+    >>> batches = train_batches(encoded, layout=layout, ref_logps=ref_logps, part=partitioner.host_part, **order)
     >>> step = partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1), axis_name=partitioner.axis_name)
     >>> state = train(
     ...     partitioner.compile_step(step), partitioner.init_state(partial(init_state, tx=tx), variables), batches,

@@ -20,7 +20,7 @@ from dpo_jax.data.encode import Encoded, adds_bos, prompt_key
 from dpo_jax.data.image_prompts import ImageTokens
 from dpo_jax.data.layout import Text
 from dpo_jax.data.lengths import cut_table, length_differences, length_table, parts_of, source_table
-from dpo_jax.data.loader import plan_layout, stream
+from dpo_jax.data.loader import plan_layout, train_batches
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.data.repeats import Overlap, Repeats
@@ -157,6 +157,6 @@ def row_statistics(config: Config, encoded: Sequence[Encoded] | Sequence[Text], 
     """How full the rows of the configured layout are, over the first batches of `dpo`, or of its size with texts."""
     batch = config.dpo.batch
     layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
-    at = stream(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
+    at = train_batches(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
     filled = [at(step).stats["padding"] for step in range(min(batches, max(1, len(encoded) // batch)))]
     return {"layout": layout.kind, "length": layout.length, "batch": batch, "padding": float(np.mean(filled))}

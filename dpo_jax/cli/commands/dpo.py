@@ -20,7 +20,7 @@ from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
 from dpo_jax.cli.training_samples import sampler_of
-from dpo_jax.data.loader import in_order
+from dpo_jax.data.loader import eval_batches
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, summary_by_source
 from dpo_jax.logps import completion_logps
@@ -62,7 +62,7 @@ def run(config: Config) -> int:
             vision=vision,
         )
         if saved is None:
-            first = next(iter(in_order(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
+            first = next(iter(eval_batches(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
             tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
         if section.reference:
             build.free(variables)
@@ -74,7 +74,7 @@ def run(config: Config) -> int:
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
                 lambda rows: policy_logps(state.variables, rows),
-                in_order(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
+                eval_batches(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
             return {**summary_by_source(held_out, logps, held_out_ref, loss=loss), **sample(state.variables, done)}

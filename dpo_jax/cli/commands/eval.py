@@ -22,7 +22,7 @@ from dpo_jax.cli.reference_pass import reference_values
 from dpo_jax.cli.training_samples import distinct_prompts, prompt_line
 from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded, prompt_key
-from dpo_jax.data.loader import in_order
+from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import PreferenceSet
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import json_text
@@ -83,7 +83,7 @@ def run(config: Config) -> int:
         compiled = partitioner.compile_map(functools.partial(completion_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
             lambda rows: compiled(policy, rows),
-            in_order(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
+            eval_batches(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
             pairs=len(held_out),
         )
         if config.eval.rewards:

@@ -17,7 +17,7 @@ from dpo_jax.cli.images import encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
 from dpo_jax.cli.trained import trained
-from dpo_jax.data.loader import in_order
+from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.prepare import encode_targets
 from dpo_jax.logps import sequence_logps
@@ -47,7 +47,7 @@ def run(config: Config) -> int:
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens, count = 0.0, 0.0, len(data.held_out)
-            batches = in_order(data.held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part)
+            batches = eval_batches(data.held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part)
             with reported("evaluating", total=count, unit="texts", brief=True) as task:
                 for batch in batches:
                     total -= float(np.sum(batch.of_examples(score(state.variables, batch.rows))[1]))
