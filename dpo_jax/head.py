@@ -31,7 +31,7 @@ def aligned_log_probability(logits: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def log_probability_and_hit(logits: jax.Array, target: jax.Array) -> jax.Array:
-    """[..., 2]: log pi of the token `target`, and 1 if no token is more likely, else 0. The maximum is that of log-sum-exp."""
+    """[..., 2]: log pi of the token `target`, and 1 if no token is more likely, else 0. Log-sum-exp takes the maximum, too."""
     own = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
     hit = jax.lax.stop_gradient(own >= logits.max(axis=-1)).astype(logits.dtype)
     return jnp.stack([log_probability(logits, target), hit], axis=-1)

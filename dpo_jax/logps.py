@@ -76,9 +76,9 @@ def sequence_logps(model: Model, variables: Variables, rows: Rows, *, chunk: int
 
 
 def sequence_logps_and_hits(model: Model, variables: Variables, rows: Rows) -> tuple[jax.Array, jax.Array]:
-    """`sequence_logps`, and the number of tokens of every slot than which none is more likely: float32[R * slots] each.
+    """`sequence_logps`, and how many scored tokens of each slot are the model's most likely ones: float32[R * slots] each.
 
-    Both come from one pass through the head.
+    Both come from one pass through the head. A tie counts.
     """
     both = hidden_logps(model, variables, scored_hidden(model, variables, rows), rows, read=log_probability_and_hit)
     logps, hits = (_slot_sums(both[..., number], rows).reshape(-1) for number in range(2))

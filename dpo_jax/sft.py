@@ -27,8 +27,8 @@ def sft_step(
 
     The loss is that of the original code: the negative log-probability *summed* over a completion, averaged over completions.
     `nll_per_token` is the same per scored token of the global batch, in nats; `mean_token_accuracy` is the share of those
-    tokens that are the most likely ones. With `per_token` the loss is `nll_per_token`, as in TRL: the gradient is smaller by
-    the mean number of scored tokens. `router_aux_loss`: see `routing.with_router`.
+    tokens that are the model's most likely ones. With `per_token` the loss is `nll_per_token`, as in TRL: the gradient is
+    smaller by the mean number of scored tokens. `router_aux_loss`: see `routing.with_router`.
 
     >>> texts = completion_rows([(pair.prompt, pair.chosen) for pair in encoded], length=64)
     >>> after, metrics = jax.jit(partial(sft_step, model=model, tx=tx))(state, texts)

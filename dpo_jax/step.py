@@ -83,8 +83,8 @@ def init_state(variables: Variables, tx: Optimizer, *, frozen: Variables | None 
 def mean_grads(
     objective: Objective[Batch], params: Variables, rows: Batch, *, microbatches: int = 1, axis_name: str | None = None
 ) -> tuple[Variables, Metrics]:
-    """Gradient, loss and metrics of the weighted mean of `objective(params, batch)` over the *global* batch. Other variables
-    than the trained `params` are the objective's own.
+    """Gradient, loss and metrics of the weighted mean of `objective(params, batch)` over the *global* batch. Variables that
+    are not trained must be bound in `objective`.
 
     Every term is first divided by the global weight, then summed over microbatches (one after the other, in float32) and over
     the devices of `axis_name`. The result therefore does not depend on how the batch is split, and a filler of weight 0 counts

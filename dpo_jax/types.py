@@ -135,7 +135,7 @@ class Model(NamedTuple):
     `forward(variables, rows) -> hidden[R, L, D]` is the trunk; `unembed(variables, hidden[..., D]) -> float32[..., V]` is the
     head, which the caller applies to the few positions that are scored.
 
-    `init_cache(batch, length, dtype=None) -> cache` (by default in the compute type) and
+    `init_cache(batch, length, cache_dtype=None) -> cache` (by default in the compute type) and
     `decode(variables, rows, cache) -> (hidden[R, L, D], cache)` are the same trunk with a key-value cache: the `L` new tokens
     of each row are written to the next `L` columns of the cache, and `k_start` and `k_end` of `rows` count cache columns.
     Prefill decodes the whole prompt, generation one token at a time.

@@ -1,4 +1,6 @@
-"""Numbers of the whole batch, and losses that depend on it (KTO, AOT), with it split into microbatches or over pmap devices.
+"""Means over the global batch, and losses that depend on all of it (KTO, AOT), where it is split into parts.
+
+The parts are microbatches or those of pmap devices.
 
 The gradient of such a loss is the sum over examples of dL/d(log-probability) times the gradient of that log-probability. A
 first pass, forward only, computes the log-probabilities of all parts. They give the loss of the whole batch, and its slopes

@@ -267,12 +267,12 @@ def test_truncation_is_told_by_the_audit_and_by_training(config, tmp_path):
 def test_lines_on_rows_that_are_lost():
     report = DataReport(split="train", kept=7, dropped={"over_limit": 2, "too_deep": 1, "identical_after_truncation": 4})
     dropped = "5 rows dropped (identical_after_truncation 4, too_deep 1)"
-    assert splits.losses_of_rows(Config(), report) == f"train split, 7 kept: {dropped}"
+    assert splits.truncation_note(Config(), report) == f"train split, 7 kept: {dropped}"
     report.truncated = {"chosen": 2}
     whole = Config(data=DataConfig(truncation="completions"))
-    assert splits.losses_of_rows(whole, report) == f"train split, 7 kept: 2 chosen truncated (data.max_length 512); {dropped}"
+    assert splits.truncation_note(whole, report) == f"train split, 7 kept: 2 chosen truncated (data.max_length 512); {dropped}"
     report.truncated, report.dropped = {}, {"over_limit": 2}
-    assert splits.losses_of_rows(Config(), report) is None
+    assert splits.truncation_note(Config(), report) is None
 
 
 def test_the_report_page_shows_the_audit(config, tmp_path):

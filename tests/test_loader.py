@@ -78,7 +78,7 @@ def test_batches_keep_one_shape_and_lose_nothing(kind):
         assert len(shapes) == 1
 
 
-def test_in_order_visits_every_example_once():
+def test_eval_batches_hold_every_example_once_in_order():
     layout = plan_layout(PAIRS, kind="shared", batch=4)
     visited = [*eval_batches(PAIRS, layout=layout, batch=4)]
     uids = np.full(len(PAIRS), "", object)

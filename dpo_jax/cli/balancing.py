@@ -39,8 +39,8 @@ def tell_switches(
     """
     if model.route is None or config.run.precision == "float32" or LORA in variables:
         return
-    # Plain XLA, which goes by the precision below. A kernel for TPUs would need it for the whole process, as `decoder_of` sets
-    # it without a platform, and no bfloat16 program may be compiled with that.
+    # Plain XLA obeys the precision given below. A TPU kernel in float32 needs a setting of the whole process, which
+    # `decoder_of` makes unless a platform is given, and no bfloat16 program may be compiled with it.
     plain = dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, precision="float32"),

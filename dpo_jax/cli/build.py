@@ -178,8 +178,9 @@ def start_weights(config: Config, model: Model, partitioner: Partitioner) -> tup
 def decoder_of(config: Config, hf: dict[str, Any], *, platform: str | None = None, images: bool = False) -> Model:
     decoder, dtype = decoder_config(hf, images=images), PRECISIONS[config.run.precision]
     if platform is None and jax.default_backend() == "tpu" and dtype == jnp.float32:
-        # JAX's kernel goes by this, and would multiply in bfloat16. It must still hold when the backward pass is traced, and
-        # no bfloat16 program may be compiled with it: all models of a command have one format, but that of `tell_switches`.
+        # JAX's kernel goes by this, and would multiply in bfloat16. It must still hold when the backward pass is traced. No
+        # bfloat16 program may be compiled with it: all models of a command have one format. The exception,
+        # `balancing.tell_switches`, gives a platform.
         jax.config.update("jax_default_matmul_precision", "highest")
     platform = platform or jax.default_backend()
     try:

@@ -135,11 +135,11 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     return encoded
 
 
-_BY_LIMITS = (Cause.OVER_LIMIT, Cause.OTHER_SPLIT, Cause.WEIGHT)  # rows left out as the configuration asks
+_BY_LIMITS = (Cause.OVER_LIMIT, Cause.OTHER_SPLIT, Cause.WEIGHT)  # causes that the configuration asks for
 
 
-def losses_of_rows(config: Config, report: DataReport) -> str | None:
-    """A line on texts truncated and rows dropped in a split, with the options that decide; None if there are none."""
+def truncation_note(config: Config, report: DataReport) -> str | None:
+    """One line on the texts truncated and the rows dropped in a split, with the options that decide; None if there are none."""
     data, parts = config.data, []
     if report.truncated:
         named = {"prompt": "prompts", "text": "texts"}

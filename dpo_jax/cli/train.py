@@ -20,9 +20,10 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.images import Vision
+from dpo_jax.cli.model_folders import saved_steps
 from dpo_jax.cli.preflight.devices import empty_rows
 from dpo_jax.cli.preflight.packages import check_bucket
-from dpo_jax.cli.splits import losses_of_rows
+from dpo_jax.cli.splits import truncation_note
 from dpo_jax.cli.trained import Trained
 from dpo_jax.data.encode import image_bytes
 from dpo_jax.data.layout import Example, Layout, images_of, places_of
@@ -31,7 +32,7 @@ from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import printable
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.checkpoint import has_steps, saved_steps
+from dpo_jax.runtime.checkpoint import has_steps
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.mesh_shape import mesh_words
 from dpo_jax.runtime.metrics import Writer, read_metrics
@@ -203,7 +204,7 @@ def train(
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )
-    for line in filter(None, (losses_of_rows(config, report) for report in data.reports)):
+    for line in filter(None, (truncation_note(config, report) for report in data.reports)):
         print(f"note: {printable(line)}", flush=True)
     _note_long_warmup(section, plan.steps, lr)
     if warning := empty_rows(section, partitioner.row_shards):
@@ -299,22 +300,20 @@ def _note_long_warmup(section: SftConfig | DpoConfig, steps: int, lr: Callable[[
 
 
 def _note_full_disk(config: Config, run: RunDir, state: TrainState) -> None:
-    """Prints a note if the disk has less room than the checkpoints take that are still to be written: those that the run keeps,
-    and one more while it is being written."""
+    """Prints a note if the checkpoints still to be written do not fit on the disk."""
     if is_remote(place := config.checkpoints_of(run.path.name)) or not hosts.is_first():
         return
     directory = Path(place)
     size = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.replace(frozen={})))
     size //= jax.local_device_count() if config.run.devices == "pmap" else 1
     disk = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    missing = max(
-        1, config.run.max_to_keep + 1 - len(saved_steps(directory))
-    )  # the next one replaces none before it is written
+    # One more than is kept: the oldest is deleted only after the next one is written.
+    missing = max(1, config.run.max_to_keep + 1 - len(saved_steps(place)))
     needed, free = size * missing, shutil.disk_usage(disk).free
     if needed > free:
         print(
-            f"note: a checkpoint takes {size / 1e9:,.1f} GB, and {config.run.max_to_keep} are kept while another is written: "
-            f"{needed / 1e9:,.1f} GB more, but {disk} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)",
+            f"note: there must be room for {missing} more checkpoints of {size / 1e9:,.1f} GB, {needed / 1e9:,.1f} GB in all, "
+            f"but {disk} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)",
             flush=True,
         )
 

@@ -26,12 +26,13 @@ class Batch(NamedTuple):
     index: np.ndarray  # int32[E]  position in `uids` of the example at each place; -1 for a filler
     uids: list[str]  # of the examples in the batch
     stats: dict[str, float]  # pairs or texts; computed positions, tokens in them; scored_tokens; padding (0 to 1)
-    first: int = 0  # number of the first example in all data, in a pass over them in order
+    first: int = 0  # place of the first example in the data; set by `eval_batches`
 
     def of_examples(self, values: Array) -> tuple[np.ndarray, np.ndarray]:
-        """Which examples of all data are in the batch, int[n], and their `values[E, ...]` without those of fillers, [n, ...].
+        """The real examples' places in the data, int[n], and their part of `values[E, ...]`, [n, ...]: without fillers.
 
-        In groups of pairs the numbers are those of pairs, with `Layout.pairs` to each group.
+        Only in batches of `eval_batches`; in others the places are those in the batch (`uids`). Groups count as `Layout.pairs`
+        places each.
         """
         used = self.index >= 0
         return self.first + self.index[used], np.asarray(values)[used]
@@ -109,17 +110,16 @@ def eval_batches(examples: Sequence[Example], *, layout: Layout, batch: int, par
     The next batch is made in a thread while the caller works on one.
     """
 
-    def made(start: int) -> Batch:
+    def build(start: int) -> Batch:
         indices = np.arange(start, min(start + batch, len(examples)))
-        made = make_batch(examples, indices, layout=layout, batch=batch, part=part)
-        return made._replace(first=start * layout.pairs)
+        return make_batch(examples, indices, layout=layout, batch=batch, part=part)._replace(first=start * layout.pairs)
 
     with ThreadPoolExecutor(1, thread_name_prefix="next-batch") as pool:
         starts = iter(range(0, len(examples), batch))
-        coming = [pool.submit(made, start) for start in itertools.islice(starts, 1)]
+        coming = [pool.submit(build, start) for start in itertools.islice(starts, 1)]
         while coming:
             here = coming.pop().result()
-            coming = [pool.submit(made, start) for start in itertools.islice(starts, 1)]
+            coming = [pool.submit(build, start) for start in itertools.islice(starts, 1)]
             yield here
 
 

@@ -54,9 +54,9 @@ def probes(pairs: Iterable[Pair], *, prompt: str) -> list[Probe]:
 
 
 def achieved(tried: Sequence[Probe], outcomes: Sequence[Outcome]) -> list[dict[str, str | int]]:
-    """What became of the probes, one row per kind: counts of outcomes, which add up to the kind's probes; `not lost`, the share
-    of the answered ones that lost no more; `above neutral`, that share minus the one of `NEUTRAL` on the same texts, with its
-    95 % interval."""
+    """Results by kind of injection: counts of outcomes, which add up to the kind's probes; `not lost`, the share of answered
+    ones whose outcome is not "lost"; `above neutral`, that share minus the one of `NEUTRAL` on the same texts, with its 95 %
+    interval. The order is that of `probes`."""
     found: dict[str, dict[int, Outcome]] = {}
     # Probes come as from `probes`: all kinds of a text, then the next text.
     kinds = len(dict.fromkeys(probe.kind for probe in tried))

@@ -1,7 +1,7 @@
 """Gains over the reference on the same prompts: kept for every prompt, at equal KL, and their differences.
 
-All policies of a family of prompts are measured on the same prompts with the same random numbers (`World.observe`). What these
-share cancels in a difference that is taken prompt by prompt; intervals then show what is left.
+All policies are measured on the same prompts with the same random numbers (`World.observe`). Differences prompt by prompt
+cancel this shared noise, so their intervals are narrower.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.types import Array
 from dpo_jax.writing import writing
 
-EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared,
-FAR = (9.0, 12.0)  # and these, if any of them reaches so far
+EQUAL_KL = (1.0, 3.0, 6.0)  # KL in nats at which methods are compared
+FAR = (9.0, 12.0)  # further ones, if any method reaches them
 COLUMNS = (
     *("method", "label", "seed", "step", "kl", "kl_low", "kl_high", "kl_sampled", "reward", "reward_low", "reward_high"),
     *("regret", "trusted", "tokens", "seconds", "tokens_low", "tokens_high", "cut", "labels"),
@@ -192,7 +192,7 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
             cells.append("-" if row["reward"] is None else f"{row['reward']:.2f}{percent}{few}")
         lines.append(f"{f'{method}, {policies[method]:.0f}':{NAME}}" + "".join(f"{cell:>{CELL}}" for cell in cells))
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
-    brackets = "in brackets: gain over the reference as a share of the optimum's gain, and 95 % over prompts"
+    brackets = "in brackets: share of the optimum's gain over the reference, with its 95 % interval over prompts"
     brackets += f" and seeds (Student's t; seeds: {several})" if several else ""
     counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
     return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
@@ -206,6 +206,6 @@ def _shifted(results: Sequence[Result], optimum: Optimum) -> list[str]:
     reward, low, high = (found[f"reward{end}"] for end in ("", "_low", "_high"))
     return [
         f"the reference has a reward of {reward:.2f} ({low:.2f} to {high:.2f}) on the test prompts, but of "
-        f"{optimum.reference:.2f} on those of the optimum: every gain is over its own, but rewards of policies and of the "
-        "optimum cannot be compared (raise frontier.optimum_prompts)"
+        f"{optimum.reference:.2f} on those of the optimum: each gain is over the reference on its own prompts, but rewards of "
+        "policies and of the optimum cannot be compared (raise frontier.optimum_prompts)"
     ]

@@ -3,7 +3,7 @@
 Orbax writes asynchronously and atomically, but it silently restores a flipped bit or an array of another dtype, and takes an
 empty folder for the latest step (seen with orbax 0.12.8). So each step also has a record: shape, dtype and digest of every
 leaf, and a digest of the record itself. The digests are of the logical arrays, not of files. They do not depend on the devices
-a state is saved from or restored to, and each host computes its part locally (`runtime.tiles`). Once orbax has unfinished a
+a state is saved from or restored to, and each host computes its part locally (`runtime.tiles`). Once orbax has committed a
 step, it is sealed: the seal also finds damage in files of orbax that a restore does not read.
 
     directory/120/state       orbax arrays, one flat dict: {"params.params.wte": ..., "opt_state.1.0.nu...": ..., "step": ...}
@@ -77,22 +77,20 @@ class CheckpointWriteError(OSError):
         return self.args[0]
 
 
-def saved_steps(directory: str | os.PathLike[str]) -> list[int]:
-    """The steps in `directory`, complete or not, in any order."""
-    folder = epath.Path(directory)
+def _steps_in(folder: epath.Path) -> list[int]:
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     return [int(name) for name in names if name.isascii() and name.isdecimal()]
 
 
 def has_steps(directory: str | os.PathLike[str]) -> bool:
     """Whether `directory` contains any saved step, complete or not."""
-    return bool(saved_steps(directory))
+    return bool(_steps_in(epath.Path(directory)))
 
 
 def newest_meta(directory: str | os.PathLike[str]) -> tuple[int, dict[str, Any]] | None:
     """(step, meta) of the newest complete checkpoint, read without its arrays; None if there is none."""
     folder = epath.Path(directory)
-    for step in sorted(saved_steps(folder), reverse=True):
+    for step in sorted(_steps_in(folder), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return step, read_record(folder / str(step))["meta"]
     return None
@@ -258,7 +256,7 @@ class Checkpoints:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and jax.process_count() > 1 and not getattr(error, "agreed", False):
-            return  # closing waits for all hosts. Those without this error would not come, and it would never be told
+            return  # close() waits for all hosts. Those without this error would not come, and it would never be reported
         try:
             self.close()
         except CheckpointWriteError as second:
@@ -298,7 +296,7 @@ class Checkpoints:
         return leaves
 
     def _set_aside(self, step: int, error: Exception) -> list[int]:
-        """Moves a step that did not verify to quarantine. Returns the lost steps. An empty folder is none, and deleted."""
+        """Moves a step that did not verify to quarantine, and returns [step]. An empty folder is deleted, no loss: []."""
         source = self.directory / str(step)
         lost: list[int] = hosts.of_first(lambda: [step] if source.exists() and any(source.iterdir()) else [])
         done = "left where it is"

@@ -103,12 +103,13 @@ def fit(
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
     """
     start = int(get_state(state.step))
-    # Without a checkpoint, an evaluation of step 0 in the log is dropped: the earlier attempt may have had other settings.
+    # The log's evaluation at `start` is dropped if it is made again, or if there was no checkpoint: that attempt may have had
+    # other settings.
     kept = start > 0 and not evaluate_first
     rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=kept)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(shapes)
 
-    def evaluated(done: int) -> Verdict:
+    def run_evaluation(done: int) -> Verdict:
         assert evaluate is not None
         rows.flush()
         with reported("evaluating", brief=True):
@@ -128,7 +129,7 @@ def fit(
             agree(signals.received)  # with several hosts its result comes one call later, in `pause`
             pause(done)
 
-        if evaluate is not None and evaluate_first and (evaluated(start).stop or start == total_steps):
+        if evaluate is not None and evaluate_first and (run_evaluation(start).stop or start == total_steps):
             end(start)
             return state
         for index in range(start, total_steps):
@@ -144,7 +145,7 @@ def fit(
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
             stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
             if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
-                verdict = evaluated(done)
+                verdict = run_evaluation(done)
                 last = last or verdict.stop
             renewing = _is_due(done, every) and not (stop or last)
             if request or last or renewing or verdict.save or _is_due(done, save_every):

@@ -31,8 +31,8 @@ class Writer(Protocol):
     """A further destination of metrics. `resume` is called first, with the number of steps taken so far and the rows up to
     there.
 
-    A writer may also have `failed(error)`, which is called before `close` if the run ends with an error. Its exceptions stop
-    the training; `writers.Delivery` raises none.
+    A writer's exceptions stop the training (`writers.Delivery` raises none). If the run ends with an error, the optional method
+    `failed(error)` is called before `close`.
     """
 
     def resume(self, step: int, rows: Sequence[Row]) -> None: ...

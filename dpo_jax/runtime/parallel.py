@@ -31,7 +31,7 @@ def single_device(device: Any = None) -> Partitioner:
         return jax.device_put(tree, target, may_alias=False)
 
     def compile_map(fn):
-        compiled = jax.jit(fn, compiler_options=_of_maps(target))
+        compiled = jax.jit(fn, compiler_options=_map_options(target))
         return lambda variables, rows: jax.device_get(compiled(variables, jax.device_put(rows, target)))
 
     def compile_step(step):
@@ -188,7 +188,7 @@ def jit_step(step: Callable[..., Any], state: Any, mesh: Mesh) -> Any:
 
 def jit_map(fn: Callable[..., Any], mesh: Mesh) -> Any:
     """`jax.jit` of `fn(variables, rows)` with the whole result on every device."""
-    options = (_overlapping(mesh) or {}) | (_of_maps(mesh.devices.flat[0]) or {})
+    options = (_overlapping(mesh) or {}) | (_map_options(mesh.devices.flat[0]) or {})
     return jax.jit(fn, out_shardings=NamedSharding(mesh, PartitionSpec()), compiler_options=options or None)
 
 
@@ -199,9 +199,9 @@ def _overlapping(mesh: Mesh) -> dict[str, Any] | None:
     return {"xla_gpu_enable_latency_hiding_scheduler": True} if several_gpus else None
 
 
-def _of_maps(device: Any) -> dict[str, Any] | None:
-    """Compiler options of programs that may sample. For one token XLA multiplies the kernels of queries, keys and values as one
-    matrix, which it puts together anew for each token."""
+def _map_options(device: Any) -> dict[str, Any] | None:
+    """Compiler options of programs that may sample. XLA would join the kernels of queries, keys and values into one matrix, and
+    do so again for each token."""
     return {"xla_gpu_dot_merger_threshold_mb": 0} if _is_gpu(device) else None
 
 

@@ -46,9 +46,9 @@ def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
     return done > 0 and (done == total_steps or (eval_every > 0 and done % eval_every == 0))
 
 
-def finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
-    """Evaluation that raises `NonFinite`. A step's loss is for the weights before its update, so only this checks the last
-    update."""
+def checked_evaluation(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
+    """Calls `evaluate`. Raises `NonFinite` for a value that is not finite. Only this checks the last update: the loss of a step
+    is that of the weights before it."""
     metrics = evaluate(state, done)
     for name, value in metrics.items():
         if not math.isfinite(value):
@@ -59,6 +59,7 @@ def finite(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
 
 
 def is_other_data(saved: SavedRun | None, data: Mapping[str, Any], total_steps: int) -> bool:
+    """Whether a finished run has other held-out data than it was evaluated on."""
     return other_held_out(saved, data) and saved is not None and saved.step == total_steps
 
 

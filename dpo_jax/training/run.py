@@ -22,7 +22,7 @@ from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.training.evaluation import Evaluate, evaluate_last, evaluates_first, finite, is_other_data
+from dpo_jax.training.evaluation import Evaluate, checked_evaluation, evaluate_last, evaluates_first, is_other_data
 from dpo_jax.training.fingerprint import (
     SavedRun,
     check_data,
@@ -154,7 +154,7 @@ def train(
         begin()
         if moving is not None and start < total_steps:
             state = _at_its_reference(state, start, moving, store, partitioner)
-        checked = None if evaluate is None else functools.partial(finite, evaluate)
+        checked = None if evaluate is None else functools.partial(checked_evaluation, evaluate)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
         first = checked is not None and evaluates_first(
             start,
