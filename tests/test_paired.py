@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from dpo_jax.evals.frontier import envelope
+from dpo_jax.evals.frontier import best_mixture, envelope
 from dpo_jax.lab import paired
-from dpo_jax.lab.paired import Policy, best_mixture, best_setting, gain_lost, gains_at_kl, mean_gain, policy, spots
+from dpo_jax.lab.paired import Policy, best_setting, gain_lost, gains_at_kl, mean_gain, plot_points, policy
 from dpo_jax.lab.robust import difference
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.untrusted import Unreadable
@@ -69,7 +69,7 @@ def test_a_gain_has_the_scatter_of_the_reference_that_it_does_not_share():
     for reference, wide in ((rewards - 1, 0.0), (rng.normal(4, 2, PROMPTS), 2 * 1.96 * np.sqrt(2 * 4 / PROMPTS))):
         one = policy(result, 0, rewards, reference)
         assert (one.label, one.seed, one.kl) == ("beta 1", 3, 1.0)
-        ((_, gain, low, high),) = spots([one], seed=0)
+        ((_, gain, low, high),) = plot_points([one], seed=0)
         assert gain == pytest.approx(1.0, abs=0.3)
         assert high - low == pytest.approx(wide, rel=0.15, abs=1e-9)
 

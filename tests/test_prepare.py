@@ -111,6 +111,21 @@ def test_truncations_are_counted_by_what_was_cut(tokenizer):
         assert len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) <= LIMITS["max_length"]
 
 
+def test_rows_that_are_too_long_are_left_out_on_request_and_the_others_are_whole(tokenizer):
+    """As a filter before TRL would: the default `on_bad` refuses nothing, and kept + dropped = read."""
+    records = ({}, {"chosen": LONG}, {"rejected": LONG}, {"prompt": LONG}, {})
+    encoded = encode_all(preference_set(*records), tokenizer, **LIMITS, truncation="drop")
+    assert [pair.uid for pair in encoded] == ["t.jsonl:1", "t.jsonl:5"]
+    assert (encoded.report.dropped, encoded.report.truncated, encoded.report.bad) == ({"beyond_max_length": 3}, {}, 0)
+    whole = encode({**GOOD, "uid": "t.jsonl:1"}, tokenizer, max_length=999, max_prompt_length=500)
+    assert encoded[0].prompt.tolist() == whole.prompt.tolist()
+    assert encoded[0].chosen.tolist() == whole.chosen.tolist()
+    used = len(whole.prompt) + max(len(whole.chosen), len(whole.rejected))
+    for limit, kept in ((used, 1), (used - 1, 0)):
+        limits = {"max_length": limit, "max_prompt_length": 1}
+        assert len(encode_all(preference_set({}), tokenizer, **limits, truncation="drop")) == kept
+
+
 def test_row_length_is_what_the_shared_layout_needs(tokenizer):
     (pair,) = encode_all(preference_set({}), tokenizer, **LIMITS)
     needed = len(pair.prompt) + len(pair.chosen) + len(pair.rejected)

@@ -111,7 +111,7 @@ def prompts_of(config: Config, how_many: Count, tokenizer: Any, *, topics: Seque
         if not every:
             raise ConfigError(f"data.path: the {split} split holds plain texts, which have no prompts")
         prompts = dict(itertools.islice(every.items(), count))
-    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos, truncation=config.data.truncation)
+    return _within(config.data.max_prompt_length, prompts, tokenizer, bos=config.data.bos, truncation=config.data.cut)
 
 
 def _within(limit: int, prompts: Mapping[str, bool], tokenizer: Any, *, bos: Bos, truncation: Truncation) -> Prompts:

@@ -103,7 +103,7 @@ def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]
     bos = {"bos": True} if len(with_bos(np.zeros(0, np.int32), world.tokenizer, bos=config.data.bos)) else {}
     # Included only if it may cut samples. For whole prompts (data.truncation) it is the only limit.
     whole = config.data.max_prompt_length + config.frontier.max_new_tokens + 1 <= config.data.max_length
-    whole = whole and config.data.truncation != "completions"
+    whole = whole and config.data.cut != "completions"
     limit = {} if whole else {"max_length": config.data.max_length}
     limit |= {} if config.data.truncation == "keep_end" else {"truncation": config.data.truncation}
     return {

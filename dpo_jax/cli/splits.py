@@ -145,7 +145,7 @@ def truncation_note(config: Config, report: DataReport) -> str | None:
         named = {"prompt": "prompts", "text": "texts"}
         cut = ", ".join(f"{count:,} {named.get(part, part)}" for part, count in report.truncated.items())
         limits = f"data.max_length {data.max_length}"
-        if "prompt" in report.truncated or data.truncation != "completions":
+        if "prompt" in report.truncated or data.cut != "completions":
             limits += f", data.max_prompt_length {data.max_prompt_length}; data.truncation: completions keeps prompts whole"
         parts.append(f"{cut} truncated ({limits})")
     dropped = {cause: count for cause, count in report.dropped.items() if cause not in _BY_LIMITS}

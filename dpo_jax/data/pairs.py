@@ -58,6 +58,7 @@ class Cause(enum.StrEnum):
     TIE = "tie"
     NO_PAIR = "no_pair"
     SCORE_RATIO = "score_ratio"
+    BEYOND_MAX_LENGTH = "beyond_max_length"
     OVER_LIMIT = "over_limit"
     OTHER_SPLIT = "other_split"  # one file holds both splits, divided by a hash of the prompt
     WEIGHT = "weight"  # left out by its source's weight, below 1
@@ -74,7 +75,7 @@ class Cause(enum.StrEnum):
 FILTERED = frozenset(
     (
         *(Cause.IDENTICAL_AFTER_TRUNCATION, Cause.TIE, Cause.NO_PAIR, Cause.SCORE_RATIO, Cause.OVER_LIMIT),
-        *(Cause.OTHER_SPLIT, Cause.WEIGHT),
+        *(Cause.BEYOND_MAX_LENGTH, Cause.OTHER_SPLIT, Cause.WEIGHT),
     )
 )
 """Causes that leave out a valid row by definition of the task. They are counted and never refused."""

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,7 +39,7 @@ def encode_all(
     *,
     max_length: int,
     max_prompt_length: int,
-    truncation: Truncation = "keep_end",
+    truncation: Truncation | Literal["drop"] = "keep_end",
     bos: Bos = "auto",
     on_bad: OnBad = "refuse",
     row_length: int | None = None,
@@ -52,17 +52,21 @@ def encode_all(
     A pair with an unusable `sft_target` is unusable too, so that every task of a run has the same data. Each single completion
     gets a mismatched one (`data.unpaired`), except a demonstration, which has no use for it. `row_length` is the longest row
     that a pair may need in the shared layout, in tokens. Truncations are counted in the report. A pair that truncation makes
-    identical states no preference: it is always dropped and counted.
+    identical states no preference: it is always dropped and counted. So is, with `truncation` "drop", a row longer than
+    `max_length`.
     """
     report = preferences.report.copy()
-    triage = Triage(report, on_bad=on_bad)
-    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
+    triage, whole = Triage(report, on_bad=on_bad), truncation == "drop"
+    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "bos": bos}
+    limits["truncation"] = "completions" if whole else truncation
     tokenizer = _Remembering(tokenizer)
     sound: list[Encoded] = []
     alone: set[str] = set()  # uids of demonstrations
     for preference in preferences:
         try:
             pair = _encode_text(preference, tokenizer, images, **limits)
+            if whole and (cut := max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)):
+                raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
             _check(pair, tokenizer, preference)
             _check_target(preference, tokenizer)
         except BadRow as problem:

@@ -248,12 +248,27 @@ def envelope(kls: Array, rewards: Array, at: float) -> float:
     their KLs (KL is convex): everything below a line between two points can be reached. Include the reference, with KL 0.
     """
     kls, rewards = _finite(kls, "kls", axes=1), _finite(rewards, "rewards", axes=1)
-    near, far = kls <= at, kls > at
-    if not near.any():
-        return math.nan
-    share = (at - kls[near][:, None]) / (kls[far] - kls[near][:, None])
-    mixed = rewards[near][:, None] + share * (rewards[far] - rewards[near][:, None])
-    return float(max(rewards[near].max(), mixed.max(initial=-math.inf)))
+    return float(best_mixture(kls, rewards, at) @ rewards) if (kls <= at).any() else math.nan
+
+
+def best_mixture(kls: Array, rewards: Array, at: float) -> np.ndarray:
+    """Shares of the policies in the mixture of `envelope`, one or two of them not 0: float64[n].
+
+    Raises ValueError where all `kls` lie beyond `at`.
+
+    >>> best_mixture([0.0, 1.0, 3.0], [0.0, 2.0, 4.0], 2.0)
+    array([0. , 0.5, 0.5])
+    """
+    kls, rewards = _finite(kls, "kls", axes=1), _finite(rewards, "rewards", axes=1)
+    near, far = np.flatnonzero(kls <= at), np.flatnonzero(kls > at)
+    found = np.eye(len(kls))[near[np.argmax(rewards[near])]]
+    for one in near:
+        for other in far:
+            shares = np.zeros(len(kls))
+            shares[other] = (at - kls[one]) / (kls[other] - kls[one])
+            shares[one] = 1 - shares[other]
+            found = max(found, shares, key=lambda mixed: float(mixed @ rewards))
+    return found
 
 
 class BestOfN(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_jax.data.terminal import json_text
+from dpo_jax.evals.frontier import best_mixture
 from dpo_jax.lab.robust import Value
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.sweep import Result
@@ -23,7 +24,7 @@ from dpo_jax.untrusted import Unreadable, read_lines
 from dpo_jax.writing import writing
 
 PROMPTS = "prompts.jsonl"  # in a run's folder: a line for each policy measured, with lists of values, one per prompt
-KEPT = {"kept": "rewards of every prompt"}
+PROMPTS_KEPT = {"kept": "rewards of every prompt"}
 """A setting of results that have `PROMPTS`. Earlier versions kept means alone; their runs are repeated."""
 
 
@@ -55,26 +56,6 @@ def policy(result: Result, point: int, rewards: Sequence[float] | Array, referen
     """The policy of a result's point number `point`, from its `rewards[P]` and those of the reference."""
     gain = np.asarray(rewards, np.float64) - np.asarray(reference, np.float64)
     return Policy(result.run.label, result.run.seed, result.points[point]["kl"], gain)
-
-
-def best_mixture(kls: Array, gains: Array, at: float) -> np.ndarray:
-    """Shares of the policies in the mixture of `evals.frontier.envelope`, one or two of them not 0: float64[n].
-
-    Raises ValueError where all `kls` lie beyond `at`.
-
-    >>> best_mixture([0.0, 1.0, 3.0], [0.0, 2.0, 4.0], 2.0)
-    array([0. , 0.5, 0.5])
-    """
-    kls, gains = np.asarray(kls, np.float64), np.asarray(gains, np.float64)
-    near, far = np.flatnonzero(kls <= at), np.flatnonzero(kls > at)
-    found = np.eye(len(kls))[near[np.argmax(gains[near])]]
-    for one in near:
-        for other in far:
-            shares = np.zeros(len(kls))
-            shares[other] = (at - kls[one]) / (kls[other] - kls[one])
-            shares[one] = 1 - shares[other]
-            found = max(found, shares, key=lambda mixed: float(mixed @ gains))
-    return found
 
 
 def gains_at_kl(policies: Iterable[Policy], at: float) -> dict[int, np.ndarray | None]:
@@ -119,7 +100,7 @@ def best_setting(policies: Sequence[Policy], *, seed: int) -> dict[str, Any]:
     return max(found, key=lambda setting: setting["gain"][""])
 
 
-def spots(policies: Iterable[Policy], *, seed: int) -> list[tuple[float, float, float, float]]:
+def plot_points(policies: Iterable[Policy], *, seed: int) -> list[tuple[float, float, float, float]]:
     """(KL, gain, and its interval over prompts) of every policy, for a figure."""
     ends = [(one.kl, with_interval("gain", one.gain, seed)) for one in policies]
     return [(kl, gain["gain"], gain["gain_low"], gain["gain_high"]) for kl, gain in ends]

@@ -47,7 +47,7 @@ def run(config: Config) -> int:
     whole = [
         with_bos(token_ids(text, tokenizer), tokenizer, bos=bos, chat=one.chat) for text, one in zip(read, given, strict=True)
     ]
-    limits = {"cue": cue_ids, "truncation": config.data.truncation}
+    limits = {"cue": cue_ids, "truncation": config.data.cut}
     prompts = [within(ids, config.data.max_prompt_length, tokenizer, **limits) for ids in whole]
     shown = [shown_text(*of_prompt, tokenizer) for of_prompt in zip(texts, prompts, whole, strict=True)]
     images = [None] * len(given) if vision is None else vision.shown(config, prompts, given, tokenizer)
@@ -68,7 +68,7 @@ def run(config: Config) -> int:
         lines += best_rows(rows, shown, best_of, reward) if reward else rows
     if not is_first():
         return 0
-    if cut := sum(len(x) > config.data.max_prompt_length for x in whole if config.data.truncation != "completions"):
+    if cut := sum(len(x) > config.data.max_prompt_length for x in whole if config.data.cut != "completions"):
         kept = "first" if cue or config.data.truncation == "keep_start" else "last"
         limit = f"their {kept} {config.data.max_prompt_length - len(cue_ids)} tokens (data.max_prompt_length)"
         print(f"{cut:,} of {len(texts):,} prompts are too long, and the policy was shown only {limit}", file=sys.stderr)

@@ -84,9 +84,10 @@ class DataConfig:
     max_prompt_length: int = 256
     """If prompt plus completion exceed max_length, the prompt is cut to this many tokens, then each completion to max_length
     minus this. Raise it together with max_length."""
-    truncation: Literal["keep_end", "keep_start", "completions"] = "keep_end"
+    truncation: Literal["keep_end", "keep_start", "completions", "drop"] = "keep_end"
     """Which end of an over-long prompt to keep. completions: keep prompts whole and cut only completions, at max_length (as TRL
-    does by default); a prompt that leaves no room makes a bad row."""
+    does by default); a prompt that leaves no room makes a bad row. drop: leave out rows longer than max_length, and count them;
+    prompts to sample from are kept whole."""
     date: str | None = None
     """Date that chat templates see as today, such as 2026-11-27; none: the day the run directory was created."""
     bos: Literal["auto", "always", "never"] = "auto"
@@ -164,6 +165,11 @@ class DataConfig:
         places = [(source.path.rstrip("/"), source.config) for source in self.mix]
         for path, config in dict.fromkeys(place for place in places if places.count(place) > 1):
             yield "mix", f"{path}{f' ({config})' if config else ''} is listed twice; list it once, with a higher weight"
+
+    @property
+    def cut(self) -> Literal["keep_end", "keep_start", "completions"]:
+        """How texts are cut where no row can be left out, as in sampling."""
+        return "completions" if self.truncation == "drop" else self.truncation
 
     def missing(self) -> Iterator[Problem]:
         if self.source not in GENERATED and self.path is None and not self.mix:

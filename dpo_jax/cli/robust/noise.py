@@ -18,7 +18,16 @@ from dpo_jax.evals.frontier import Optimum, optimum
 from dpo_jax.lab.methods import PairData, PairMethod
 from dpo_jax.lab.noise import flipped, predicted_curve
 from dpo_jax.lab.optimum import BETAS
-from dpo_jax.lab.paired import KEPT, best_setting, gains_at_kl, mean_gain, policy, read_prompts, spots, write_prompts
+from dpo_jax.lab.paired import (
+    PROMPTS_KEPT,
+    best_setting,
+    gains_at_kl,
+    mean_gain,
+    plot_points,
+    policy,
+    read_prompts,
+    write_prompts,
+)
 from dpo_jax.lab.robust import EQUAL_KL, Grid, cell, curve_at
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
@@ -38,7 +47,7 @@ prepare = make_reference
 class Experiment:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.setup = config, Setup(config, folder)
-        self.shared, self._methods = self.setup.shared | KEPT, {}
+        self.shared, self._methods = self.setup.shared | PROMPTS_KEPT, {}
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         world, rewards = self.setup.world, []
@@ -102,7 +111,7 @@ class Experiment:
                         {"rate": rate, "loss": loss, "kl": at, "gain": gain, "predicted": theory[at], "possible": possible}
                     )
                 found.append({"rate": rate, "loss": loss, "kl": None, "best": best_setting(mine, seed=seed)})
-                curves.append(_curve(f"{rate:.0%} flipped", loss, spots(mine, seed=seed), (kl, reward), best))
+                curves.append(_curve(f"{rate:.0%} flipped", loss, plot_points(mine, seed=seed), (kl, reward), best))
         return {"reference": start.points[-1]["reward"], "reach": best.reach, "gains": found}, curves
 
     def _measured(self, result: Result) -> list[float]:

@@ -21,7 +21,17 @@ from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
-from dpo_jax.lab.paired import KEPT, Policy, gain_lost, gains_at_kl, mean_gain, policy, read_prompts, spots, write_prompts
+from dpo_jax.lab.paired import (
+    PROMPTS_KEPT,
+    Policy,
+    gain_lost,
+    gains_at_kl,
+    mean_gain,
+    plot_points,
+    policy,
+    read_prompts,
+    write_prompts,
+)
 from dpo_jax.lab.ppo import PpoMethod
 from dpo_jax.lab.robust import EQUAL_KL, Grid, cell
 from dpo_jax.lab.robust_plot import Curve
@@ -38,7 +48,7 @@ prepare = make_reference
 class Experiment:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config, self.setup = config, Setup(config, folder)
-        self.shared = self.setup.shared | KEPT
+        self.shared = self.setup.shared | PROMPTS_KEPT
         everywhere = self.setup.world
         self.families = {name: Family(self.setup, everywhere, name, topics) for name, topics in families(config).items()}
 
@@ -82,7 +92,7 @@ class Experiment:
                 for where, of in by_origin.items():
                     name = f"{method}, trained on {'the same' if where == 'home' else 'the other'}"
                     panel = f"tested on {', '.join(self.families[tested].topics)}"
-                    curves.append(Curve(panel, name, spots(of, seed=seed), np.empty(0), np.empty(0)))
+                    curves.append(Curve(panel, name, plot_points(of, seed=seed), np.empty(0), np.empty(0)))
         return {"families": {name: list(f.topics) for name, f in self.families.items()}, "gains": found}, curves
 
     def _rewards(self, result: Result) -> list[list[float]]:
