@@ -13,6 +13,8 @@ from dpo_jax.models.axes import parts_of
 from dpo_jax.token_draw import choose
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
 
+SHARE = 0.6
+"""Largest part of a device's memory for the weights and the copy that the loop reads."""
 REFILL = 8
 """Ended lanes wait until one in this many has ended, so that restarting them costs little compared with the tokens drawn."""
 
@@ -95,10 +97,30 @@ def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
 
 
 def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
-    """Variables and cache with layers unstacked, if that is faster."""
-    if model.by_layer is not None and jax.default_backend() in ("cpu", "gpu"):
+    """Variables and cache with layers unstacked, if that is faster and there is room."""
+    if model.by_layer is not None and jax.default_backend() in ("cpu", "gpu") and _has_room(model, variables):
         return model.by_layer(variables, cache)
     return variables, cache
+
+
+def loop_weights(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
+    """Variables and cache for the loop over tokens: by layer, and with kernels in the compute type.
+
+    The loop then reads each weight once a token. The copy of the weights lasts as long as the loop. If the device has no room
+    for it, layers are cut out of their stacks and rounded for each token.
+    """
+    weights, cache = by_layer(model, variables, cache)
+    return (model.rounded(weights) if model.rounded is not None and _has_room(model, variables) else weights), cache
+
+
+def _has_room(model: Model, variables: Variables) -> bool:
+    """Whether the variables and a copy in the compute type take at most `SHARE` of the device's memory."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None:  # a CPU
+        return True
+    copy = variables if model.rounded is None else jax.eval_shape(model.rounded, variables)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((variables, copy)))
+    return size / parts_of(("fsdp", "tensor", "expert")) <= SHARE * limit
 
 
 def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:

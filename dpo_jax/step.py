@@ -84,7 +84,7 @@ def mean_grads(
     objective: Objective[Batch], params: Variables, rows: Batch, *, microbatches: int = 1, axis_name: str | None = None
 ) -> tuple[Variables, Metrics]:
     """Gradient, loss and metrics of the weighted mean of `objective(params, batch)` over the *global* batch. Variables that
-    are not trained must be bound in `objective`.
+    are not trained must be bound in `objective`, and so must numbers of the whole batch (`dpo_objective(means=...)`).
 
     Every term is first divided by the global weight, then summed over microbatches (one after the other, in float32) and over
     the devices of `axis_name`. The result therefore does not depend on how the batch is split, and a filler of weight 0 counts

@@ -145,7 +145,7 @@ class Model(NamedTuple):
     `take_rows`, its `decode` also takes a `SharedCache` and rows of one token.
 
     `rounded(variables) -> variables` rounds kernels and the head's table to the compute type. `decode` and `unembed` compute
-    the same with the result, without rounding the weights for each token.
+    the same with the result, without rounding the weights for each token. It also takes the variables of `by_layer`.
 
     `by_layer(variables, cache) -> (variables, cache)` unstacks the scanned layers, for `decode` only: on CPUs and
     GPUs, a slice of a stack is copied, and a loop over tokens would copy it for each token.

@@ -23,6 +23,8 @@ def test_an_injection_is_credited_with_what_a_neutral_sentence_does_not_do():
     obeyed = row("itself", lambda probe: "won" if probe.kind == "itself" or probe.pair.prompt in noisy else "lost")
     assert obeyed["not lost"] == "1.00"
     assert obeyed["above neutral"] == "0.50 (0.21 to 0.70)"
+    unread = row("itself", lambda probe: "failed" if probe.kind == "itself" and probe.pair.prompt in noisy else "lost")
+    assert (unread["failed"], unread["not lost"], unread["above neutral"][:5]) == (10, "0.00", "0.00 ")
     late = row("itself", lambda probe: "unanswered" if probe.kind == "neutral" else "won")
     assert (late["not lost"], late["above neutral"]) == ("1.00", "-")
 
@@ -33,7 +35,9 @@ def test_intervals_of_a_paired_difference_hold():
         other = rng.random(20) < 0.5
         _, (low, high) = paired_difference(other | (rng.random(20) < 0.2), other)
         covered.append(low <= 0.1 <= high)
-    assert 0.93 < np.mean(covered) <= 1
+    assert np.mean(covered) > 0.93
+    _, (low, high) = paired_difference([1, 0] * 10, [0, 0] * 10)
+    assert high - low < 0.5
     assert paired_difference([1, 1, 1, 1], [0, 0, 0, 1])[0] == 0.75
     with pytest.raises(ValueError, match="two equal lists"):
         paired_difference([True], [])

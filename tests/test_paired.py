@@ -91,6 +91,6 @@ def test_rows_of_prompts_are_read_as_they_were_written(tmp_path):
         paired.read_prompts(tmp_path, 1)
 
 
-def test_the_examples_of_the_docstrings():
-    found = doctest.testmod(paired)
-    assert (found.failed, found.attempted > 0) == (0, True)
+def test_the_example_of_the_docstring():
+    (example,) = doctest.DocTestFinder().find(best_mixture, globs={"best_mixture": best_mixture})
+    assert tuple(doctest.DocTestRunner().run(example)) == (0, 1)

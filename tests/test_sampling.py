@@ -1,10 +1,12 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import sampling_loop
 from dpo_jax.data.layout import causal_rows, completion_rows
 from dpo_jax.head import token_logps
 from dpo_jax.logps import sequence_logps
@@ -240,8 +242,8 @@ def equations(jaxpr, *, inside=False):
                 yield from equations(inner, inside=inside or one.primitive.name == "while")
 
 
-@pytest.mark.parametrize("family", ["gpt_neox", "gemma2"])  # the second shares its table with the head
-def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(family):
+@pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "mixtral"])  # the second shares its table with the head
+def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(family, monkeypatch):
     exact, variables = tiny(family)
     model = make_model(exact.config, dtype=jnp.bfloat16)
     large = {leaf.shape[-2:] for leaf in jax.tree.leaves(variables) if leaf.ndim > 1}
@@ -263,3 +265,9 @@ def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(
     assert (within, before > 0) == (0, True)
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
     np.testing.assert_allclose(ours.token_logps, expected.token_logps, rtol=0, atol=0.02)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(variables))  # of 4 bytes, and most of the copy of 2
+    monkeypatch.setattr(sampling_loop, "SHARE", 1)
+    for limit, copied in ((8 * numbers, True), (5 * numbers, False)):
+        device = SimpleNamespace(memory_stats=lambda limit=limit: {"bytes_limit": limit})
+        monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
+        assert sampling_loop._has_room(model, variables) == copied

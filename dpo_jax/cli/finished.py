@@ -150,7 +150,8 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _within(folder: Path, *, seen: set[str]) -> Iterator[Path]:
-    left_out = {LOCK, CARD} if (folder / "config.json").is_file() else {LOCK}
+    is_model = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    left_out = {LOCK, CARD} if is_model else {LOCK}
     for entry in sorted(folder.iterdir()):
         if entry.name in left_out:
             continue

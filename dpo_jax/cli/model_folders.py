@@ -59,7 +59,7 @@ def checkpoints_to_export(config: Config) -> str:
 def _refuse_reward_model(config: Config, directory: str) -> None:
     if directory == config.checkpoints_of("reward-model"):
         folder = Path(config.run.dir, "reward-model")
-    elif Path(directory).absolute().parent.name == "reward-model":
+    elif Path(directory).absolute().parts[-2:] == ("reward-model", "checkpoints"):
         folder = Path(directory).parent
     else:
         return

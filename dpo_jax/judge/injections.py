@@ -19,6 +19,7 @@ from dpo_jax.judge.questions import Outcome, Pair, label_of
 
 NEUTRAL = "neutral"
 """The kind of the sentence that asks for nothing."""
+WITHOUT_VERDICT: frozenset[Outcome] = frozenset(("failed", "unanswered"))
 RESULTS: tuple[Outcome, ...] = ("lost", "flipped", "won", "failed", "unanswered")
 
 
@@ -54,9 +55,9 @@ def probes(pairs: Iterable[Pair], *, prompt: str) -> list[Probe]:
 
 
 def achieved(tried: Sequence[Probe], outcomes: Sequence[Outcome]) -> list[dict[str, str | int]]:
-    """Results by kind of injection: counts of outcomes, which add up to the kind's probes; `not lost`, the share of answered
-    ones whose outcome is not "lost"; `above neutral`, that share minus the one of `NEUTRAL` on the same texts, with its 95 %
-    interval. The order is that of `probes`."""
+    """Results by kind of injection: counts of outcomes, which add up to the kind's probes; `not lost`, the share of those with
+    two valid verdicts that did not lose both; `above neutral`, that share minus the one of `NEUTRAL` on the same texts, with
+    its 95 % interval. The order is that of `probes`."""
     found: dict[str, dict[int, Outcome]] = {}
     # Probes come as from `probes`: all kinds of a text, then the next text.
     kinds = len(dict.fromkeys(probe.kind for probe in tried))
@@ -71,12 +72,12 @@ def achieved(tried: Sequence[Probe], outcomes: Sequence[Outcome]) -> list[dict[s
 
 
 def _share(of: Mapping[int, Outcome]) -> str:
-    answered = [outcome != "lost" for outcome in of.values() if outcome != "unanswered"]
+    answered = [outcome != "lost" for outcome in of.values() if outcome not in WITHOUT_VERDICT]
     return f"{sum(answered) / len(answered):.2f}" if answered else "-"
 
 
 def _above(of: Mapping[int, Outcome], neutral: Mapping[int, Outcome], kind: str) -> str:
-    both = [text for text in of if "unanswered" not in (of[text], neutral.get(text, "unanswered"))]
+    both = [text for text in of if not {of[text], neutral.get(text, "unanswered")} & WITHOUT_VERDICT]
     if kind == NEUTRAL or not both:
         return "-"
     value, (low, high) = paired_difference(*([its[text] != "lost" for text in both] for its in (of, neutral)))

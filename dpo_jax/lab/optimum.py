@@ -91,7 +91,8 @@ def kept_in(folder: Path, identity: Mapping[str, Any], *, say: Callable[[str], N
         try:
             with reading(file), np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as found:
                 if str(found["identity"]) == known and ("learned" in found or number or not learned):
-                    return Drawn(found["rewards"], found["logps"], found.get("beside"), found.get("learned"))
+                    beside = found.get("beside"), found.get("learned") if learned else None
+                    return Drawn(found["rewards"], found["logps"], *beside)
         except FileNotFoundError:
             pass
         except Unreadable as error:

@@ -187,5 +187,5 @@ def save_reward_model(
     kept = variable_shapes(decoder)["params"]
     params = {name: leaf for name, leaf in variables["params"].items() if name in kept}
     without_earlier_head(path)
-    score = {SCORE: np.asarray(head["kernel"], np.float32).astype(dtype or np.float32)[None]}
+    score = {SCORE: np.asarray(head["kernel"], np.float32)[None]}
     return save_hf(path, decoder, {"params": params}, settings=settings, others=score, dtype=dtype)

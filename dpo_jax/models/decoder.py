@@ -6,6 +6,7 @@ and `models.layers` import Flax. Layers are stacked on a leading axis and scanne
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from dpo_jax.models.attention_ring import along_context
 from dpo_jax.models.axes import as_stored, by_row
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.context import context_parts, from_pieces, row_pieces, to_pieces
+from dpo_jax.models.expert_mixture import Kernels
 from dpo_jax.models.experts import Routed
 from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of
@@ -202,8 +204,8 @@ def _windows(c: DecoderConfig) -> list[int | None]:
     return list(dict.fromkeys(c.windows)) or [None]
 
 
-def _round_kernels(variables: Variables, dtype: Any) -> Variables:
-    """The kernels of all layers, rounded to the compute type once for both the forward and the backward pass.
+def _round_kernels(variables: Variables, dtype: Any, names: Collection[str] = ("kernel",)) -> Variables:
+    """The kernels of all layers, the leaves `names`, rounded to the compute type once for the forward and the backward pass.
 
     Their gradients are then stacked in that type, which is the type of the products that made them, so nothing else is rounded.
     The copy takes memory, so only `remat="none"` does this; otherwise a layer rounds its own kernels each time it runs.
@@ -211,7 +213,7 @@ def _round_kernels(variables: Variables, dtype: Any) -> Variables:
     """
 
     def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        wider = path[-1].key == "kernel" and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
+        wider = path[-1].key in names and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
         return leaf.astype(dtype) if wider else leaf
 
     params = variables["params"]
@@ -298,7 +300,8 @@ def make_model(
         return module.apply(variables, rows, cache, layers)  # pyright: ignore[reportReturnType]
 
     def rounded(variables: Variables) -> Variables:
-        variables, table = _round_kernels(variables, dtype), "token_embedding" if config.tied else "head_kernel"
+        variables = _round_kernels(variables, dtype, ("kernel", "router", *Kernels._fields))
+        table = "token_embedding" if config.tied else "head_kernel"
         params = variables["params"]
         wider = jnp.finfo(params[table].dtype).bits > jnp.finfo(dtype).bits
         return {**variables, "params": {**params, table: params[table].astype(dtype)}} if wider else variables

@@ -224,7 +224,7 @@ def _tell(points: list[WinRate], report: dict[str, Any], spent: str, folder: Pat
     if report["injections"]:
         print("instructions to the judge, appended to texts that had lost, and the results:")
         _print_table([tuple(report["injections"][0]), *(tuple(map(str, row.values())) for row in report["injections"])])
-        print("not lost: share that now won, flipped or got no valid verdict")
+        print("not lost: share of those with valid verdicts that now won or flipped")
         print("above neutral: that share minus the one with a neutral sentence, on the same texts (95 % interval)")
     if len(report["models"]) > 1:
         print(f"the endpoint answered as more than one model: {', '.join(report['models'])}")

@@ -15,7 +15,8 @@ class ExportConfig:
     """Writes a checkpoint as a Hugging Face folder (config.json, safetensors, tokenizer)."""
 
     checkpoint: str | None = None
-    """Checkpoint folder of a training run, such as runs/hh/sft/checkpoints; none: that of dpo."""
+    """Checkpoint folder of a training run, such as runs/hh/sft/checkpoints; none: that of dpo, or of sft in a
+    run without dpo."""
     step: int | None = None
     """Step to export (run.max_to_keep says how many are kept); none: the newest good one."""
     out: str | None = None
@@ -28,7 +29,8 @@ class ExportConfig:
     exactly these weights."""
 
     push: str | None = None
-    """Also upload the folder to this Hugging Face Hub repository, organization/name (short: --push); created if absent."""
+    """Also upload the folder to this Hugging Face Hub repository, organization/name (short: --push); created if absent. Weights
+    of an earlier model there, also a whole one where this is an adapter, are removed by the same commit."""
     public: bool = False
     """Create the repository as public; otherwise it is private. An existing repository stays as it is."""
 

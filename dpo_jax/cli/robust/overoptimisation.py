@@ -57,8 +57,10 @@ class Experiment:
         self.config, self.folder = config, folder
         self.sizes = {w: Size(at_width(config, w), folder / f"width-{w}") for w in config.robust.counts("widths")}
         widths = {str(w): size.setup.shared for w, size in self.sizes.items()}
+        counts = config.robust.counts("train_prompts")
         # Earlier versions took one pass over any number of prompts.
-        self.shared = {"widths": widths, "steps": f"as many as for {max(config.robust.counts('train_prompts'))} prompts"}
+        steps = {"steps": f"as many as for {max(counts)} prompts"} if len(counts) > 1 else {}
+        self.shared = {"widths": widths, **steps}
 
     def perform(self, run: Run, folder: Path) -> list[dict[str, float]]:
         points, rows = self.sizes[run.settings["width"]].perform(run, folder)
