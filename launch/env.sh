@@ -104,7 +104,7 @@ project=$(cksum <pyproject.toml)
 had_project='' had_extras=''
 # Two starts at once must not make the same environment. (macOS has no flock, and some disks have no locks. NFS locks only what
 # is open for writing, so not the folder.)
-if command -v flock >/dev/null && mkdir -p "$(dirname "$venv")" && { exec 9>>"${venv%/}.lock"; } 2>/dev/null; then
+if command -v flock >/dev/null && mkdir -p "$(dirname "$venv")" && { exec 9>>"${venv%/}.starting"; } 2>/dev/null; then
   flock -n 9 || { say "waiting for another start, which is making $venv" && flock 9; } || say "this disk has no locks: going on"
 fi
 runs() { "$venv/bin/python" -c '' 2>/dev/null || { sleep 2 && "$venv/bin/python" -c '' 2>/dev/null; }; } # a disk may be slow

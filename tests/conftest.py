@@ -191,7 +191,12 @@ LONG = {
         *("test_four_devices_give", "test_a_run_continues_on_another_mesh", "test_a_second_round", "test_checkpoints_may_lie"),
         *("test_a_warm_up_longer", "test_held_out_pairs_may_change"),
     ),
-    "cli_runs": ("test_a_sum_of_losses", "test_several_temperatures", "test_a_run_in_steps_that_keeps"),
+    "cli_runs": (
+        "test_a_reward_model_has_the_wanted_type",
+        "test_a_sum_of_losses",
+        "test_several_temperatures",
+        "test_a_run_in_steps_that_keeps",
+    ),
     "emitted": ("test_what_a_policy_samples_is_judged",),
     "expert_mesh": (
         "test_rows_in_pieces_route",
@@ -249,7 +254,20 @@ LONG = {
         "test_a_reference_moves_to_base_and_adapter",
         "test_a_reward_model_of_a_part",
     ),
-    "loss_signals": ("test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut[microbatches",),
+    "loss_signals": (
+        "test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut[microbatches",
+        *(
+            f"test_a_loss_across_pairs_is_that_of_the_whole_batch_where_it_is_cut[{case}"
+            for case in (
+                *("aot + 0.1*sft-4 microbatches-plain", "aot + 0.1*sft-4 microbatches-shared", "aot + 0.1*sft-4 devices-p"),
+                *("aot + 0.1*sft-2 devices 2 microbatches-packed", "aot + 0.1*sft-2 devices 2 microbatches-shared"),
+                *("aot + 0.1*sft-2 mesh 2 microbatches-p", "custom-4 microbatches-packed", "custom-4 microbatches-shared"),
+                *("custom-4 devices-plain", "custom-4 devices-shared", "custom-2 devices 2 microbatches-p"),
+                *("custom-2 mesh 2 microbatches-plain", "custom-2 mesh 2 microbatches-shared"),
+            )
+        ),
+    ),
+    "audit": ("test_truncation_is_told_by_the_audit_and_by_training",),
     "losses": ("test_plackett_luce_of_two_is_dpo_bit_for_bit[float32",),
     "models": (
         *(
@@ -327,6 +345,7 @@ LONG = {
         "test_a_dpo_run_has_every_panel",
     ),
     "pods": (
+        "test_a_worker_that_does_not_answer_may_be_the_one_that_failed[999",
         "test_a_preempted_slice_is_asked_for_again_and_the_run_continues[notice",
         "test_a_preempted_slice_is_asked_for_again_and_the_run_continues[env",
         "test_the_same_line_comes_back",
