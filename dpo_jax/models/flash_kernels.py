@@ -160,11 +160,12 @@ def d_keys(
 def _specs_by_query(q: jax.Array, k: jax.Array, tiles: Tiles) -> tuple[pl.BlockSpec, ...]:
     """Block specs of a program with a query tile: arrays by query, by key, intervals, and statistics [R, N, L]."""
     size, keys, group = q.shape[3], k.shape[1], q.shape[2] // k.shape[2]
+    last = q.shape[1] // tiles.own - 1  # the programs begin with the last tile: see `_own_query_tile`
     return (
-        pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, i, n, 0)),
+        pl.BlockSpec((None, tiles.own, None, size), lambda i, n, r: (r, last - i, n, 0)),
         pl.BlockSpec((None, keys, None, size), lambda i, n, r: (r, 0, n // group, 0)),
-        pl.BlockSpec((None, tiles.own), lambda i, n, r: (r, i)),
-        pl.BlockSpec((None, None, tiles.own), lambda i, n, r: (r, n, i)),
+        pl.BlockSpec((None, tiles.own), lambda i, n, r: (r, last - i)),
+        pl.BlockSpec((None, None, tiles.own), lambda i, n, r: (r, n, last - i)),
     )
 
 
@@ -198,7 +199,7 @@ def _forward(q_ref, k_ref, v_ref, start_ref, end_ref, first_ref, last_ref, out_r
 
     nothing = jnp.full((tiles.own,), LOWEST, jnp.float32), jnp.zeros((tiles.own,), jnp.float32)
     carry = (_zeros(q_ref, tiles), *nothing)
-    mixed, largest, mass = jax.lax.fori_loop(*_visits(first_ref, last_ref, tiles), meet, carry)
+    mixed, largest, mass = jax.lax.fori_loop(*_visits(_own_query_tile(), first_ref, last_ref, tiles), meet, carry)
     _store(out_ref, (x / mass[:, None] for x in mixed))
     log_mass_ref[...] = largest + jnp.log2(mass)
 
@@ -220,7 +221,8 @@ def _backward_queries(
         d_scores = d_scores.astype(k_ref.dtype)
         return tuple(old + _dot(d_scores, x) for old, x in zip(d_queries, keys, strict=True))
 
-    d_queries = jax.lax.fori_loop(*_visits(first_ref, last_ref, tiles), meet, _zeros(q_ref, tiles))
+    visits = _visits(_own_query_tile(), first_ref, last_ref, tiles)
+    d_queries = jax.lax.fori_loop(*visits, meet, _zeros(q_ref, tiles))
     _store(d_q_ref, (x * settings.scale for x in d_queries))
 
 
@@ -243,7 +245,8 @@ def _backward_keys(
     group,
 ):
     keys, values = _load(k_ref), _load(v_ref)
-    own, visits = pl.program_id(0), _visits(first_ref, last_ref, tiles)
+    own = pl.program_id(0)
+    visits = _visits(own, first_ref, last_ref, tiles)
 
     def of_head(head: jax.Array, carry: Any) -> Any:
         def meet(number: jax.Array, carry: Any) -> Any:
@@ -292,10 +295,16 @@ def _zeros(ref: Any, tiles: Tiles) -> tuple[jax.Array, ...]:
     return tuple(jnp.zeros((tiles.own, lanes.size), jnp.float32) for lanes in _lanes(ref.shape[-1]))
 
 
-def _visits(first_ref: Any, last_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
-    """The tiles that this program's tile visits."""
+def _own_query_tile() -> jax.Array:
+    """The number of this program's query tile. Later tiles of a row see more keys, and the last programs to start should be
+    short: the others then need not wait for them."""
+    return pl.num_programs(0) - 1 - pl.program_id(0)
+
+
+def _visits(own: jax.Array, first_ref: Any, last_ref: Any, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """The tiles that tile number `own` visits."""
     blocks, in_block = max(1, tiles.own // BLOCK), BLOCK // tiles.met
-    begin = jax.lax.div(pl.program_id(0) * tiles.own, jnp.int32(BLOCK))
+    begin = jax.lax.div(own * tiles.own, jnp.int32(BLOCK))
     first, last = first_ref[begin], last_ref[begin]
     for block in range(1, blocks):
         first, last = jnp.minimum(first, first_ref[begin + block]), jnp.maximum(last, last_ref[begin + block])
