@@ -112,14 +112,16 @@ def test_runs_at_a_time_give_the_same_table(tmp_path):
 
 
 def test_other_settings_are_run_anew(tmp_path):
-    sweep(RUNS, tmp_path, shared={"seed": 0}, perform=performing([]), say=str)
-    done = []
-    sweep(RUNS, tmp_path, shared={"seed": 1}, perform=performing(done), say=str)
+    sweep(RUNS, tmp_path, shared={"seed": 0, "data": {"limit": 8, "bos": 1}}, perform=performing([]), say=str)
+    done, said, shared = [], [], {"seed": 1, "data": {"limit": 9, "bos": 1}}
+    sweep(RUNS, tmp_path, shared=shared, perform=performing(done), say=said.append)
     assert len(done) == 3
+    assert said[0] == "3 of 3 results are of other settings, and are replaced: seed, data.limit"
     done.clear()
     changed = [*RUNS[:2], Run("dpo", "beta 5", {"beta": 5.0, "epochs": 2}, 0)]
-    sweep(changed, tmp_path, shared={"seed": 1}, perform=performing(done), say=str)
+    sweep(changed, tmp_path, shared=shared, perform=performing(done), say=said.append)
     assert done == [changed[2].name]
+    assert "1 of 3 results are of other settings, and are replaced: run.settings.epochs" in said
 
 
 def test_a_torn_result_is_run_anew(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import itertools
@@ -82,7 +83,10 @@ def sweep(
     if len(set(names)) != len(names):
         raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
     jobs = 1 if jax.process_count() > 1 else jobs
-    kept = hosts.of_first(lambda: [_finished(folder / run.name, run, shared, point, say) for run in runs])
+    others: collections.Counter[str] = collections.Counter()
+    kept = hosts.of_first(lambda: [_finished(folder / run.name, run, shared, point, say, others) for run in runs])
+    for settings, count in others.items():
+        say(f"{count} of {len(runs)} results are of other settings, and are replaced: {settings}")
     results = {run.name: None if one is None else Result(run, *one) for run, one in zip(runs, kept, strict=True)}
     left = [run for run in runs if results[run.name] is None]
     if len(left) < len(runs):
@@ -130,17 +134,32 @@ def _identity(run: Run, shared: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps({"run": dataclasses.asdict(run), "shared": dict(shared)}))
 
 
+def _differing(one: Any, other: Any, name: str = "") -> list[str]:
+    """The dotted names of the settings in which two identities differ."""
+    if not (isinstance(one, Mapping) and isinstance(other, Mapping)):
+        return [] if one == other else [name]
+    below = ((key, f"{name}.{key}".removeprefix(".").removeprefix("shared.")) for key in {**one, **other})
+    return [found for key, inner in below for found in _differing(one.get(key), other.get(key), inner)]
+
+
 def _digest(measured: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def _finished(
-    folder: Path, run: Run, shared: Mapping[str, Any], point: Mapping[str, Any], say: Callable[[str], None]
+    folder: Path,
+    run: Run,
+    shared: Mapping[str, Any],
+    point: Mapping[str, Any],
+    say: Callable[[str], None],
+    others: collections.Counter[str],
 ) -> tuple[list[dict[str, float]], float] | None:
-    """Points and seconds of the result in a folder; None if it is missing, of another run, or damaged (which is reported)."""
+    """Points and seconds of the result in a folder; None if it is missing, of other settings (whose names are counted in
+    `others`), or damaged (which is reported)."""
     try:
         found = read_object(folder / RESULT)
-        if {name: found.get(name) for name in ("run", "shared")} != _identity(run, shared):
+        if differing := _differing({name: found.get(name) for name in ("run", "shared")}, _identity(run, shared)):
+            others[", ".join(differing)] += 1
             return None
         measured = found.get("measured", found)  # earlier versions had no digest, and stored these keys next to `run`
         fit(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))
