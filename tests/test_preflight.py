@@ -187,7 +187,7 @@ def test_all_problems_are_told_and_the_first_is_the_code(place, capsys):
 
 def test_results_of_earlier_commands_are_taken_for_granted(place, capsys):
     shutil.rmtree(place / "runs")
-    for name, after in (("dpo", "sft"), ("eval", "sft,refs,dpo"), ("export", "sft,dpo"), ("sample", "dpo")):
+    for name, after in (("dpo", "sft"), ("eval", "sft,refs,dpo"), ("export", "sft,dpo"), ("export", "sft"), ("sample", "dpo")):
         assert check(name, "--check", capsys=capsys)[0] == 2
         code, told = check(name, f"--check-after={after}", capsys=capsys)
         assert code == 0, told

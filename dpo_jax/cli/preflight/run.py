@@ -135,7 +135,8 @@ def _checkpoints(check: Check) -> None:
     check_bucket(directory)
     if "://" in directory or check.unseen("reads", directory, "dpo"):
         return
-    if not model_folders.saved_steps(directory) and check.unseen("reads", config.checkpoints_of("sft"), "sft"):
+    ready = config.export.checkpoint is not None or model_folders.saved_steps(directory)
+    if not ready and check.unseen("reads", config.checkpoints_of("sft"), "sft"):
         return
     directory = model_folders.checkpoints_to_export(config)
     steps = model_folders.saved_steps(directory)
