@@ -131,7 +131,7 @@ def undrawn(monkeypatch):
         path.write_bytes(PIXEL)
         return path
 
-    monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", lambda rows, folder, **options: [])
+    monkeypatch.setattr("dpo_jax.plotting.training_curves.plot_training", lambda rows, folder, **options: [])
     for name in ("plot_trajectories", "plot_lengths", "plot_learned"):
         monkeypatch.setattr(f"dpo_jax.report.experiments.{name}", drawn)
 

@@ -126,7 +126,7 @@ def _one_small_curve(request, monkeypatch):
         return [directory / f"loss.{format}"] if rows else []
 
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr("dpo_jax.cli.commands.report.plot_training", stand_in)
+        monkeypatch.setattr("dpo_jax.plotting.training_curves.plot_training", stand_in)
 
 
 def report(*arguments, out):

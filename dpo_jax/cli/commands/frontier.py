@@ -50,7 +50,7 @@ from dpo_jax.lab.world import LEARNED, SECOND, Points, World
 from dpo_jax.losses import dpo_loss
 from dpo_jax.online.method import OnlineMethod
 from dpo_jax.online.rounds import RoundOptions
-from dpo_jax.plotting.training_curves import plot_displacement, plot_training
+from dpo_jax.plotting import training_curves
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -169,7 +169,7 @@ class _Study:
         evaluations = self.config.frontier.evaluations
         found = method.train(folder, settings=run.settings, evaluations=evaluations, seed=run.seed)
         if hosts.is_first():
-            plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
+            training_curves.plot_training(read_metrics(folder / "metrics.jsonl"), folder / "plots")
         return found
 
     @functools.cached_property
@@ -267,7 +267,7 @@ def _write(run_dir: RunDir, results: Sequence[Result], best: Optimum, *, second:
     plot_frontier(report.points(results), best, run_dir.path / "frontier.png", max_kl=MAX_KL)
     on_pairs = {r.run.name: read_metrics(run_dir.path / "runs" / r.run.name / "metrics.jsonl") for r in results if _on_pairs(r)}
     if on_pairs:
-        plot_displacement(on_pairs, run_dir.path / "displacement.png")
+        training_curves.plot_displacement(on_pairs, run_dir.path / "displacement.png")
     print(f"\n{report.summary(results, best)}\n\nfigure: {run_dir.path / 'frontier.png'}")
     if spent:
         print(f"\n{label_words(spent)}")

@@ -25,7 +25,7 @@ from dpo_jax.cli.trained import planned
 from dpo_jax.lab.world import LEARNED, World
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
-from dpo_jax.plotting.training_curves import plot_training
+from dpo_jax.plotting import training_curves
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.progress import reported
@@ -70,7 +70,7 @@ def run(config: Config) -> int:
             write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
             folder, _ = write(run_dir.export, model, part.whole(variables), world.tokenizer)
         if is_first():
-            plot_training(read_metrics(run_dir.metrics), run_dir.plots)
+            training_curves.plot_training(read_metrics(run_dir.metrics), run_dir.plots)
             write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})
         last = points[-1]
         print(

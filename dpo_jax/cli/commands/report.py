@@ -20,8 +20,8 @@ from dpo_jax.models.families import decoder_config, reads_images
 from dpo_jax.models.folder import config_folder
 from dpo_jax.models.hf import load_config as load_model_config
 from dpo_jax.models.hf import read_weights
+from dpo_jax.plotting import training_curves
 from dpo_jax.plotting.curves import PANELS
-from dpo_jax.plotting.training_curves import plot_runs, plot_training
 from dpo_jax.report.audit import audited
 from dpo_jax.report.experiments import dialogue, frontier, robustness
 from dpo_jax.report.first import first_things, moment
@@ -188,11 +188,11 @@ def _curves(runs: Sequence[RunRecord], drawn: Path) -> tuple[dict[tuple[str, str
             present = [stage.path / "plots" / f"{panel.file}.png" for panel in PANELS]
             new: list[Path] = []
             with stage.showing("metrics.jsonl"):
-                new = plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
+                new = training_curves.plot_training(stage.metrics, drawn / f"{name}-{number}", format="svg")
             images[run.name, name] = new or list(filter(os.path.isfile, present))
         if len(rows) > 1:
             with found[0][1].showing("metrics.jsonl"):
-                together[name] = plot_runs(rows, drawn / f"{name}-all", format="svg")
+                together[name] = training_curves.plot_runs(rows, drawn / f"{name}-all", format="svg")
     return images, together
 
 
