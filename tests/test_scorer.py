@@ -26,10 +26,10 @@ from dpo_jax.reward_model import completion_rewards, with_scalar_head
 SIZES = {"vocab_size": 520, "width": 32, "layers": 2, "heads": 4, "max_positions": 64, "eos_token_id": 0, "pad_token_id": 7}
 
 
-def written(folder, family, *, pad=None, dtype=None, **sizes):
+def written(folder, family, *, pad=None, dtype=None, scale=1.0, **sizes):
     """A reward model of random weights in `folder`, and a function of (prompt ids, completion ids) that scores as it does."""
     model = make_model(decoder_config(hf_config(family, **SIZES | sizes)))
-    kernel = jax.random.normal(jax.random.key(1), (32,))
+    kernel = scale * jax.random.normal(jax.random.key(1), (32,))
     variables = jax.device_get(
         {**jax.jit(model.init)(jax.random.key(0)), "head": {"kernel": kernel, "bias": jnp.float32(0.25)}}
     )
@@ -64,6 +64,8 @@ def test_a_reward_model_has_the_type_of_weights_that_is_asked_for(tmp_path):
     assert {str(tensor.dtype) for tensor in stored.values()} == {"bfloat16"}
     assert "score.weight" in stored
     assert load_config(tmp_path / "model")["dtype"] == "bfloat16"
+    with pytest.raises(OverflowError, match=r"tensor score.weight: 32 values are too large for float16"):
+        written(tmp_path / "half", "llama", dtype=jnp.float16, scale=1e9)
 
 
 def test_a_reward_model_is_no_policy_and_a_policy_no_reward_model(tmp_path):

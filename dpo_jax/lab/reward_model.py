@@ -25,7 +25,7 @@ from dpo_jax.lab.world import World
 from dpo_jax.logps import slots_to_pairs
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, family_of
-from dpo_jax.models.hf import save_hf, variable_shapes
+from dpo_jax.models.hf import cast, save_hf, variable_shapes
 from dpo_jax.models.scorer import scorer_settings, without_earlier_head
 from dpo_jax.models.tensors import SCORE
 from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
@@ -187,5 +187,5 @@ def save_reward_model(
     kept = variable_shapes(decoder)["params"]
     params = {name: leaf for name, leaf in variables["params"].items() if name in kept}
     without_earlier_head(path)
-    score = {SCORE: np.asarray(head["kernel"], np.float32)[None]}
+    score = {SCORE: cast(np.asarray(head["kernel"], np.float32), np.dtype(dtype or np.float32), SCORE)[None]}
     return save_hf(path, decoder, {"params": params}, settings=settings, others=score, dtype=dtype)

@@ -262,31 +262,32 @@ def in_hf_form(
 
     def get(name: str) -> np.ndarray:
         tensor, place = lines[name]
-        return tensor.layout.to_hf([_cast(fetch(flat[p][place] if place else flat[p]), dtype, name) for p in tensor.paths])
+        return tensor.layout.to_hf([cast(fetch(flat[p][place] if place else flat[p]), dtype, name) for p in tensor.paths])
 
     return sizes, get
 
 
-def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
+    """The tensor `name` in another type. Raises OverflowError for values too large for it."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):  # looked for below
-        cast = array.astype(dtype)
-    lost = np.isfinite(array) & ~np.isfinite(cast)
+        found = array.astype(dtype)
+    lost = np.isfinite(array) & ~np.isfinite(found)
     if lost.any():
         largest = float(np.abs(array[lost].astype(np.float64)).max())
         raise OverflowError(
             f"tensor {name}: {int(lost.sum()):,} values are too large for {dtype.name}, the largest {largest:g} "
             f"(its limit is {float(jnp.finfo(dtype).max):g}); use bfloat16 or float32"
         )
-    return cast
+    return found
 
 
 def _unchanged(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """An array in `dtype` if that holds its values exactly, else unchanged."""
     with np.errstate(over="ignore"):
-        cast = array.astype(dtype)
-    return cast if np.array_equal(cast.astype(array.dtype), array) else array
+        found = array.astype(dtype)
+    return found if np.array_equal(found.astype(array.dtype), array) else array
 
 
 def _move_in(new: Path, folder: Path, *, stale: Sequence[str] = ()) -> None:
