@@ -96,7 +96,8 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
     # Encoding the pairs as well makes SFT refuse the same bad rows as DPO, so that both see the same data.
     pairs = [encode_shown(config, preferences, tokenizer, vision) for preferences in sets]
     check_repeats(config, *pairs)
-    limits = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "bos")} | {"truncation": data.cut}
+    limits: dict[str, Any] = {name: getattr(data, name) for name in ("max_length", "max_prompt_length", "bos")}
+    limits["truncation"] = data.cut
     kept = [splits.only_kept(split, encoded) for split, encoded in zip(sets, pairs, strict=True)]
     images = None if vision is None else vision.tokens
     with reported("encoding the training texts"):
