@@ -9,6 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dpo_jax.cli.config import DataConfig
 from dpo_jax.data.encode import encode
 from dpo_jax.data.layout import plain_rows, shared_rows
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
@@ -113,10 +114,10 @@ def test_truncations_are_counted_by_what_was_cut(tokenizer):
 
 def test_rows_that_are_too_long_are_left_out_on_request_and_the_others_are_whole(tokenizer):
     """As a filter before TRL would: the default `on_bad` refuses nothing, and kept + dropped = read."""
-    records = ({}, {"chosen": LONG}, {"rejected": LONG}, {"prompt": LONG}, {})
+    records = ({}, {"chosen": LONG}, {"rejected": LONG}, {"prompt": LONG}, {}, {"sft_target": LONG}, {"sft_target": " Yes."})
     encoded = encode_all(preference_set(*records), tokenizer, **LIMITS, truncation="drop")
-    assert [pair.uid for pair in encoded] == ["t.jsonl:1", "t.jsonl:5"]
-    assert (encoded.report.dropped, encoded.report.truncated, encoded.report.bad) == ({"beyond_max_length": 3}, {}, 0)
+    assert [pair.uid for pair in encoded] == ["t.jsonl:1", "t.jsonl:5", "t.jsonl:7"]
+    assert (encoded.report.dropped, encoded.report.truncated, encoded.report.bad) == ({"beyond_max_length": 4}, {}, 0)
     whole = encode({**GOOD, "uid": "t.jsonl:1"}, tokenizer, max_length=999, max_prompt_length=500)
     assert encoded[0].prompt.tolist() == whole.prompt.tolist()
     assert encoded[0].chosen.tolist() == whole.chosen.tolist()
@@ -124,6 +125,12 @@ def test_rows_that_are_too_long_are_left_out_on_request_and_the_others_are_whole
     for limit, kept in ((used, 1), (used - 1, 0)):
         limits = {"max_length": limit, "max_prompt_length": 1}
         assert len(encode_all(preference_set({}), tokenizer, **limits, truncation="drop")) == kept
+
+
+@pytest.mark.parametrize(("source", "refused"), [("snippets", True), ("imdb", True), ("files", False)])
+def test_plain_texts_are_cut_and_so_cannot_be_left_out(source, refused):
+    problems = dict(DataConfig(path="d", source=source, truncation="drop").check())
+    assert ("truncation" in problems) == refused
 
 
 def test_row_length_is_what_the_shared_layout_needs(tokenizer):

@@ -91,7 +91,7 @@ def cache_identity(config: Config, model: Model, weights: str, tokenizer: Any, v
         "tokenizer": tokenizer_digest(tokenizer),
         "max_length": config.data.max_length,
         "max_prompt_length": config.data.max_prompt_length,
-        "truncation": config.data.truncation,
+        "truncation": config.data.cut,
         "dtype": config.run.precision,
         "kernel": build.attention_name(config),
         **({"ld_alpha": config.dpo.ld_alpha} if config.dpo.ld_alpha != 1 else {}),

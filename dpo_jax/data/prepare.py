@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, image_bytes, scored_bytes
+from dpo_jax.data.encode import Bos, Encoded, EosInText, Truncation, encode, ended_ids, image_bytes, scored_bytes
 from dpo_jax.data.image_prompts import ImageTokens, encode_images
 from dpo_jax.data.layout import Completion, Text, images_of
 from dpo_jax.data.mixture import copy_number
@@ -65,8 +65,8 @@ def encode_all(
     for preference in preferences:
         try:
             pair = _encode_text(preference, tokenizer, images, **limits)
-            if whole and (cut := max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)):
-                raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
+            if whole:
+                _check_whole(pair, preference, tokenizer, max_length)
             _check(pair, tokenizer, preference)
             _check_target(preference, tokenizer)
         except BadRow as problem:
@@ -236,6 +236,15 @@ def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | N
         return encode_images(preference, tokenizer, images=images, **limits)
     except EosInText as error:
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
+
+
+def _check_whole(pair: Encoded, preference: Preference, tokenizer: _Remembering, max_length: int) -> None:
+    """Raises `BadRow` if a completion of the pair was cut, or its own SFT target would be."""
+    cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)
+    if (target := preference.sft_target) is not None and not tokenizer.may_hold_eos(target):
+        cut = max(cut, len(pair.prompt) + len(ended_ids(target, tokenizer, chat=preference.chat)) - max_length)
+    if cut > 0:
+        raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
 
 
 def _check_target(preference: Preference, tokenizer: _Remembering) -> None:

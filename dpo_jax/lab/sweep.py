@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from dpo_jax.data.splits import listed
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.shapes import fit
@@ -159,7 +160,7 @@ def _finished(
     try:
         found = read_object(folder / RESULT)
         if differing := _differing({name: found.get(name) for name in ("run", "shared")}, _identity(run, shared)):
-            others[", ".join(differing)] += 1
+            others[listed(differing)] += 1
             return None
         measured = found.get("measured", found)  # earlier versions had no digest, and stored these keys next to `run`
         fit(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))

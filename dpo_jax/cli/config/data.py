@@ -114,6 +114,8 @@ class DataConfig:
             yield "ranking_length", f"a ranking has at least 2 completions, got {self.ranking_length}"
         if self.max_prompt_length >= self.max_length:
             yield "max_prompt_length", f"must be less than max_length ({self.max_length}), got {self.max_prompt_length}"
+        if self.truncation == "drop" and self.source in ("snippets", "imdb"):
+            yield "truncation", f"drop leaves out rows, but the texts of {self.source} are cut at max_length: leave it out"
         if not 0 <= self.max_dropped_share <= 1:
             yield "max_dropped_share", f"must be a share between 0 and 1, got {self.max_dropped_share}"
         if self.columns is not None:
