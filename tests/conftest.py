@@ -259,11 +259,9 @@ LONG = {
         *(
             f"test_a_loss_across_pairs_is_that_of_the_whole_batch_where_it_is_cut[{case}"
             for case in (
-                *("aot + 0.1*sft-4 microbatches-plain", "aot + 0.1*sft-4 microbatches-shared", "aot + 0.1*sft-4 devices-p"),
-                *("aot + 0.1*sft-2 devices 2 microbatches-packed", "aot + 0.1*sft-2 devices 2 microbatches-shared"),
-                *("aot + 0.1*sft-2 mesh 2 microbatches-p", "custom-4 microbatches-packed", "custom-4 microbatches-shared"),
-                *("custom-4 devices-plain", "custom-4 devices-shared", "custom-2 devices 2 microbatches-p"),
-                *("custom-2 mesh 2 microbatches-plain", "custom-2 mesh 2 microbatches-shared"),
+                *("4 microbatches-custom-packed", "4 microbatches-custom-shared", "4 devices-aot", "4 devices-custom-plain"),
+                *("4 devices-custom-shared", "2 devices 2 microbatches-custom-p", "2 mesh 2 microbatches-aot"),
+                *("2 mesh 2 microbatches-custom-plain", "2 mesh 2 microbatches-custom-shared"),
             )
         ),
     ),

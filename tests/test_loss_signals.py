@@ -95,21 +95,38 @@ def decorrelated(logps, ref_logps, *, weight, aligned_logps, gap):
     return (margins - mean - gap) ** 2 * jnp.exp(aligned_logps[:, 0]) + 0.1 * jnp.tanh(mean), logps - ref_logps
 
 
-@pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
+LOSSES_ACROSS = {"aot": named_loss("aot + 0.1*sft", beta=0.3), "custom": decorrelated}
+
+
+def rows_across(name, kind):
+    rows = rows_of(kind)
+    gap = examples_to_rows(np.linspace(-1, 1, 8, dtype=np.float32), rows)
+    return rows.replace(extras={"gap": gap}) if name == "custom" else rows
+
+
+@pytest.fixture(scope="module")
+def of_the_whole_batch(state):
+    """Step on the whole batch, by loss and kind of rows: compiled once for all ways to cut it."""
+
+    @functools.cache
+    def taken(name, kind):
+        step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSSES_ACROSS[name])
+        return jax.jit(step)(state, rows_across(name, kind))
+
+    return taken
+
+
+# What rows hold does not depend on the loss, so one loss sees all kinds.
+@pytest.mark.parametrize("name, kind", [("aot", "packed"), *(("custom", kind) for kind in ("plain", "shared", "packed"))])
 @pytest.mark.parametrize(
     "cut",
     [{"microbatches": 4}, {"devices": 4}, {"devices": 2, "microbatches": 2}, {"mesh": 2, "microbatches": 2}],
     ids=lambda cut: " ".join(f"{count} {name}" for name, count in cut.items()),
 )
-@pytest.mark.parametrize("name", ["aot + 0.1*sft", "custom"])
-def test_a_loss_across_pairs_is_that_of_the_whole_batch_where_it_is_cut(name, cut, kind, state):
+def test_a_loss_across_pairs_is_that_of_the_whole_batch_where_it_is_cut(name, cut, kind, state, of_the_whole_batch):
     """Update and metrics. `test_a_loss_across_pairs_sorts_the_whole_of_a_sharded_batch` has the numbers."""
-    loss = decorrelated if name == "custom" else named_loss(name, beta=0.3)
-    rows = rows_of(kind)
-    if name == "custom":
-        rows = rows.replace(extras={"gap": examples_to_rows(np.linspace(-1, 1, 8, dtype=np.float32), rows)})
-    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=loss)
-    after, expected = jax.jit(step)(state, rows)
+    rows, (after, expected) = rows_across(name, kind), of_the_whole_batch(name, kind)
+    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSSES_ACROSS[name])
     parts = functools.partial(step, microbatches=cut.get("microbatches", 1))
     if devices := cut.get("devices"):
         mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
