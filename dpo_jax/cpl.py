@@ -34,7 +34,7 @@ class SegmentPairs:
 
     states   float32[P, 2, T, *S]
     actions  float32[P, 2, T, A]
-    weight   float32[P]            1, or 0 for a filler pair
+    weight   float32[P]            1, or 0 for a padding pair
 
     >>> pairs = SegmentPairs(states=jnp.ones((8, 2, 16, 3)), actions=jnp.zeros((8, 2, 16, 1)), weight=jnp.ones(8))
     """
@@ -133,7 +133,7 @@ def bc_step(
     microbatches: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer step of behaviour cloning: `loss = -log pi(a | s)`, the mean over transitions. Pure, like `cpl_step`.
+    """One optimizer step of behavior cloning: `loss = -log pi(a | s)`, the mean over transitions. Pure, like `cpl_step`.
 
     Applied to the steps of preferred segments it is SFT, the first phase of CPL.
 

@@ -37,7 +37,7 @@ def reference_logps_of(
     Args:
       pairs: the result of `encode`.
       layout: row layout. "plain" works with every causal model. "packed" is the fastest; "packed" and "shared" need a model
-        that honours `k_start`, `k_end` and `positions`: those of `load_hf` do, your own if `check_model` says so.
+        that honors `k_start`, `k_end` and `positions`: those of `load_hf` do, your own if `check_model` says so.
       batch: pairs per forward pass; bounds memory.
       ld_alpha: that of `dpo_step`, which needs it in the reference as well.
       partitioner: devices to run on; None: `jax.jit`, where `variables` are. For one of `runtime.parallel`, `variables` must

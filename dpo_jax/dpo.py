@@ -46,8 +46,8 @@ def dpo_step(
     A custom loss is a function of arrays. Its keyword arguments name what it needs besides log-probabilities: `lengths`, the
     scored tokens float32[P, K], or others of `losses.SIGNALS`. A loss with the keyword `weight` looks across pairs; with
     microbatches or mapped devices it costs one more forward pass (`whole_batch`). Columns of the data go into `rows.extras` by
-    name, through `examples_to_rows`.
-    Fillers have length 0, so divide by at least 1: their weight of 0 does not undo a NaN. A loss with lengths and a gap:
+    name, through `examples_to_rows`. Padding examples have length 0, so divide by at least 1: their weight of 0 does not undo a
+    NaN. A loss with lengths and a gap:
 
     >>> def loss(logps, ref_logps, *, lengths, gap):
     ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)

@@ -33,8 +33,8 @@ def pair_sums(values: Array, rows: Rows, *, ld_alpha: float = 1.0) -> jax.Array:
     """
     if ld_alpha == 1:
         return slots_to_pairs(_slot_sums(values, rows), rows)
-    lengths, labelled = completion_lengths(rows), "desirable" in (rows.extras or {})
-    if lengths.shape[1] != 2 or labelled:  # the cache has keys of two completions
+    lengths, labeled = completion_lengths(rows), "desirable" in (rows.extras or {})
+    if lengths.shape[1] != 2 or labeled:  # the cache has keys of two completions
         raise ValueError("ld_alpha compares lengths within a pair: leave it at 1 for rankings and single completions")
     in_slot, (count, _) = _in_slot(rows), rows.tokens.shape
     places = (
@@ -113,7 +113,7 @@ def _slot_sums(values: Array, rows: Rows) -> jax.Array:
 def completion_lengths(rows: Rows) -> jax.Array:
     """Number of scored tokens of each completion, EOS included: float32[P, 2], chosen first (rankings: [P, K]).
 
-    A filler pair has 0, so divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and inside a compiled step.
+    A padding pair has 0, so divide by `jnp.maximum(lengths, 1)`. Works on numpy rows and inside a compiled step.
 
     >>> print(completion_lengths(rows))
     [[5. 5.]

@@ -113,9 +113,9 @@ _DPO = Loss(
 LOSSES: Mapping[str, Loss] = {
     "dpo": _DPO,
     "sigmoid": _DPO._replace(title="Direct Preference Optimization (TRL's name of dpo)"),
-    "sigmoid_norm": Loss("margin.length_normalized_loss", ("beta", *_F), "length-normalised DPO (Tulu 3)", "2411.15124", _LN2),
+    "sigmoid_norm": Loss("margin.length_normalized_loss", ("beta", *_F), "length-normalized DPO (Tulu 3)", "2411.15124", _LN2),
     "length_regularized": Loss(
-        "margin.length_regularized_loss", ("beta", "length_penalty"), "length-regularised DPO (R-DPO)", "2403.19159"
+        "margin.length_regularized_loss", ("beta", "length_penalty"), "length-regularized DPO (R-DPO)", "2403.19159"
     ),
     "ipo": Loss(
         "margin.ipo_loss", ("beta", *_F), "Identity Preference Optimization, summed", "2310.12036", "1 / (2 * beta) ** 2"
@@ -212,7 +212,7 @@ def _of(option: str) -> str:
 
 HELP: Mapping[str, str] = {
     "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
-    "paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labelled single completions, plackett_luce "
+    "paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labeled single completions, plackett_luce "
     "reads rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }

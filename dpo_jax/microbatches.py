@@ -17,7 +17,7 @@ def split(batch: Batch, microbatches: int) -> Batch:
 
     If the rows are sharded over devices, microbatch `i` takes every `microbatches`-th row (of plain pairs: both rows), starting
     from row `i`. Each device then takes part in every microbatch with rows that it already holds. On one device a microbatch
-    takes neighbouring rows, so that the empty rows, which come last, fill microbatches of their own.
+    takes neighboring rows, so that the empty rows, which come last, fill microbatches of their own.
 
     >>> split(np.arange(6), 3).tolist()
     [[0, 1], [2, 3], [4, 5]]

@@ -184,7 +184,7 @@ def advantages(
 
     Advantages are whitened over all tokens of `collected`. Pass the whole rollout, so that they are the same on any number of
     devices. Metrics are means over completions: `score`; `kl`, log pi/pi_ref summed over the completion, in nats, an estimate
-    of the sequence KL; `penalised_score`, the objective of PPO: score - kl_coef * kl; `tokens`; `sequence_entropy`.
+    of the sequence KL; `penalized_score`, the objective of PPO: score - kl_coef * kl; `tokens`; `sequence_entropy`.
 
     >>> rollout, health = advantages(collected, np.float32([1.0, -1.0]), kl_coef=0.1, gamma=1.0, lam=0.95)
     >>> rollout.advantages.shape, float(health["score"]), float(health["kl"])  # the policy is its reference
@@ -192,12 +192,12 @@ def advantages(
     """
     c, mask = collected, jnp.asarray(token_mask(collected.rows))
     scores = jnp.asarray(scores, c.logps.dtype)
-    rewards = penalised_rewards(scores, c.logps, c.ref_logps, mask, kl_coef=kl_coef)
+    rewards = penalized_rewards(scores, c.logps, c.ref_logps, mask, kl_coef=kl_coef)
     gains, returns = gae(rewards, c.values, mask, gamma=gamma, lam=lam)
     per_row = {
         "score": scores,
         "kl": ((c.logps - c.ref_logps) * mask).sum(axis=1),
-        "penalised_score": rewards.sum(axis=1),
+        "penalized_score": rewards.sum(axis=1),
         "tokens": mask.sum(axis=1),
         "sequence_entropy": (c.entropy * mask).sum(axis=1),
     }
@@ -206,7 +206,7 @@ def advantages(
     return Rollout(c.rows, c.logps, c.values, whiten(gains, mask), returns), health
 
 
-def penalised_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array, *, kl_coef: float | Array) -> jax.Array:
+def penalized_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array, *, kl_coef: float | Array) -> jax.Array:
     """The reward of each token: `-kl_coef * log pi/pi_ref`, plus `scores[R]` at the last token: float32[R, S].
 
     Its sum over a completion is R(x, y) of Ziegler et al. 2019, section 2.2.
@@ -217,7 +217,7 @@ def penalised_rewards(scores: Array, logps: Array, ref_logps: Array, mask: Array
 
 
 def gae(rewards: Array, values: Array, mask: Array, *, gamma: float, lam: float) -> tuple[jax.Array, jax.Array]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), float32[R, S] each.
+    """Generalized advantage estimation (Schulman et al. 2016, eq. 16): (advantages, returns), float32[R, S] each.
 
     `returns = advantages + values` are the targets of the value function. After a completion's last token the value is 0, even
     if the completion was cut off at the maximum length.
@@ -354,7 +354,7 @@ def observe(stats: ScoreStats, scores: Array) -> ScoreStats:
     return ScoreStats(total, stats.mean + gap * count / total, squares)
 
 
-def normalised(stats: ScoreStats, scores: Array) -> np.ndarray:
+def normalized(stats: ScoreStats, scores: Array) -> np.ndarray:
     """`scores` minus the running mean, over the running standard deviation: float64[n]. `kl_coef` then has these units too."""
     deviation = math.sqrt(stats.squares / stats.count) if stats.count else 0.0
     return (np.asarray(scores, np.float64) - stats.mean) / max(deviation, 1e-8)

@@ -2,7 +2,7 @@
 
     p(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))      Bradley and Terry 1952; Rafailov et al. 2023, eq. 1
 
-Preferences leave a constant per prompt undetermined; `centred` fixes the mean reward afterwards.
+Preferences leave a constant per prompt undetermined; `centered` fixes the mean reward afterwards.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def reward_step(
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
 
-def centred(variables: Variables, rewards: Array) -> dict[str, Any]:
+def centered(variables: Variables, rewards: Array) -> dict[str, Any]:
     """`variables` with the head's bias shifted so that the mean of `rewards`, which they gave, becomes 0.
 
     Section 3 of the paper does this, over completions of the data or of the reference. No preference changes.

@@ -65,7 +65,7 @@ def stochastic_rounding(tx: optax.GradientTransformation, *, seed: int = 0) -> S
 
 
 def round_to_bfloat16(x: Array, key: Array) -> jax.Array:
-    """Stochastic rounding: float32 `x` as one of its two neighbours in bfloat16, with expected value `x`.
+    """Stochastic rounding: float32 `x` as one of its two neighbors in bfloat16, with expected value `x`.
 
     Values that bfloat16 holds exactly stay unchanged, and so do infinities and NaN. Numbers beyond its range become infinite.
     """

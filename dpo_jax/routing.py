@@ -71,7 +71,7 @@ def switched(routing: Routing, other: Routing) -> jax.Array:
 
 
 def counted_tokens(rows: Rows) -> jax.Array:
-    """Mask of the tokens that are not padding: bool[R, L]. A padding token sees only itself, and neither neighbour sees it."""
+    """Mask of the tokens that are not padding: bool[R, L]. A padding token sees only itself, and neither neighbor sees it."""
     k_start, k_end = jnp.asarray(rows.k_start), jnp.asarray(rows.k_end)
     x = jnp.arange(k_start.shape[1], dtype=jnp.int32)[None]
     seen = jnp.pad(k_start[:, 1:] <= x[:, :-1], ((0, 0), (0, 1))) | jnp.pad(k_end[:, :-1] > x[:, 1:], ((0, 0), (1, 0)))

@@ -108,8 +108,8 @@ def generate(
 
     Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype` (None: the compute type of
     the model). There are `B * Lp` columns for prompts and `lanes * (T - 1)` for completions (without `lanes` B * K * (T - 1)).
-    With `lanes` below B * K, each lane also copies its prompt's columns, `lanes * Lp` more. On CPUs and GPUs a copy of the
-    weights in the compute type is made, elsewhere of those that are wider, if there is room (`sampling_loop.loop_weights`).
+    With `lanes` below B * K, each lane also copies its prompt's columns, `lanes * Lp` more. If memory allows, the loop reads a
+    copy of the weights in the compute type: of all weights on CPUs and GPUs, of wider ones on TPUs (`loop_weights`).
 
     Raises ValueError for options out of range, `lengths` not of shape [B] or (outside jit, where values are known) not from 1
     to Lp, and keys of another shape; TypeError if `key` is not a random key.

@@ -87,9 +87,9 @@ def mean_grads(
     are not trained must be bound in `objective`, and so must numbers of the whole batch (`dpo_objective(means=...)`).
 
     Every term is first divided by the global weight, then summed over microbatches (one after the other, in float32) and over
-    the devices of `axis_name`. The result therefore does not depend on how the batch is split, and a filler of weight 0 counts
-    for nothing wherever it lies. On one device a microbatch of fillers is skipped. With `axis_name=None` the batch is already
-    global (`jit`, also over a sharded mesh).
+    the devices of `axis_name`. The result therefore does not depend on how the batch is split, and a padding example of weight
+    0 counts for nothing wherever it lies. On one device a microbatch of padding examples is skipped. With `axis_name=None` the
+    batch is already global (`jit`, also over a sharded mesh).
 
     `train_step` is this followed by `apply_gradients`. Between the two you can inspect or change gradients:
 

@@ -11,7 +11,7 @@ Axis letters, used in every docstring and einsum of this package:
 In `[P, K]`, K is instead the number of completions of an example: 2 in a pair, more in a ranking.
 
 A *row* is the model's input: `L` tokens. A *completion slot* is one output of a row: the summed log-probability of one
-completion. A *pair* is two neighbouring slots, chosen first, so log-probabilities of pairs are one array `[P, 2]`.
+completion. A *pair* is two neighboring slots, chosen first, so log-probabilities of pairs are one array `[P, 2]`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class RowImages:
         features  float[R, M, W]  outputs of the frozen vision encoder, one column per image token; unused columns are 0
         index     int32[R, L]     the column that a position reads instead of its token's embedding; -1: text
 
-    The T tokens of an image are T neighbouring columns, starting at a multiple of T, and T neighbouring positions.
+    The T tokens of an image are T neighboring columns, starting at a multiple of T, and T neighboring positions.
     """
 
     features: Array
@@ -62,8 +62,8 @@ class Rows:
         source             int32[R, S]       position in the row of the hidden state that predicts `target`
         target             int32[R, S]       the token id that is scored
         slot               int32[R, S]       which completion of the row it belongs to; `slots` marks padding
-        weight             float32[E]        1, or 0 for a filler: an example that only fills up the batch
-        index              int32[E]          which of the caller's examples this is; -1 for a filler
+        weight             float32[E]        1, or 0 for a padding example: an example that only fills up the batch
+        index              int32[E]          which of the caller's examples this is; -1 for a padding example
         ref_logps          float32[P, K]     reference log-probabilities in nats, summed; [P, 2] of pairs; or None
         pairs              int32[R, Q, 2]    slots of chosen and rejected in their row, where pairs share completions; or None
         extras             {name: [E, ...]}  further arguments of the loss, by keyword (`dpo_step`); or None

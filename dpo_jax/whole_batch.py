@@ -36,7 +36,7 @@ def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatche
         return (losses * weight).sum(), (losses, rewards)
 
     slopes, (losses, rewards) = jax.grad(total, has_aux=True)(logps)
-    # `mean_grads` multiplies by the weight again, so it is divided out here. A filler, of weight 0, has no slope.
+    # `mean_grads` multiplies by the weight again, so it is divided out here. A padding example, of weight 0, has no slope.
     slopes = slopes / jnp.where(weight > 0, weight, 1)[:, None]
     found = {"whole_losses": losses, "whole_rewards": rewards, "whole_slopes": slopes}
     count = rows.weight.shape[0]
@@ -61,7 +61,7 @@ def _of_this(x: jax.Array, count: int, axis_name: str | None) -> jax.Array:
 
 
 class BatchMeans(NamedTuple):
-    """Means over the examples of the global batch, without fillers."""
+    """Means over the examples of the global batch, without padding examples."""
 
     lengths: jax.Array  # float32[K]  scored tokens of each completion
     desirable: jax.Array | None  # float32[]  labels of single completions
@@ -77,7 +77,7 @@ def batch_means(rows: Rows, axis_name: str | None = None) -> BatchMeans:
 
 
 def mean_of_examples(values: Array, weight: Array, axis_name: str | None) -> jax.Array:
-    """The weighted mean of `values` [E, ...] over the examples of the global batch, without fillers: [...].
+    """The weighted mean of `values` [E, ...] over the examples of the global batch, without padding examples: [...].
 
     `axis_name` is that of `train_step`. It is for numbers that a loss needs of the whole batch.
 

@@ -138,7 +138,7 @@ LONG = {
     "checkpoint": ("test_a_big_file_is_not_read_again", "test_damage_to_any_file_of_a_step_is_found[1"),
     "cli_frontier": ("test_",),
     "cli_dialogue": ("test_dialogue",),
-    "cli_robust": ("test_noise", "test_shift", "test_overoptimisation"),
+    "cli_robust": ("test_noise", "test_shift", "test_overoptimization"),
     "cli_diffusion": ("test_digits",),
     "image_runs": (
         "test_preferences_are_enough",

@@ -43,7 +43,7 @@ SIZES = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 4, "max_positions"
 
 
 def make_work(folder, *, family="gpt_neox", sizes=SIZES, **changes):
-    """A random model, and eight pairs of many lengths in each of four steps: the same twelve again and again, to be learnt."""
+    """A random model, and eight pairs of many lengths in each of four steps: the same twelve again and again, to be learned."""
     rng = np.random.default_rng(0)
     pairs = []
     for number in range(12):
@@ -142,7 +142,7 @@ def test_all_rungs_take_the_same_steps(work, rungs):
     assert found["first_logps"] < 1e-6
     assert found["loss_curve"] < 1e-5
     curve = results["jax-attention"]["losses"]
-    assert abs(curve[3] - math.log(2)) > 0.01, "the comparison means nothing if nothing is learnt"
+    assert abs(curve[3] - math.log(2)) > 0.01, "the comparison means nothing if nothing is learned"
     assert set(results) == {name for name in CONTENDERS if name.startswith("jax")}
 
 
@@ -231,7 +231,7 @@ def measured(seconds, *, peak, **changes):
         "device": "cpu",
         "versions": {},
         "cores": 2,
-        "neighbours": 0.01,
+        "neighbors": 0.01,
         **changes,
     }
 
@@ -241,8 +241,8 @@ def test_report_arithmetic(work):
     config = decoder_config(hf_config("gpt_neox", **SIZES))
     ours = measured(0.5, peak=100, reference_seconds=[0.4], loader_seconds=0.02, compile_seconds=7.0, shapes=2)
     rounds = {
-        "matmul-torch": [{"flops_per_second": 1e6, "neighbours": 0.0}] * 2,
-        "matmul-jax": [{"flops_per_second": 2e6, "neighbours": 0.0}] * 2,
+        "matmul-torch": [{"flops_per_second": 1e6, "neighbors": 0.0}] * 2,
+        "matmul-jax": [{"flops_per_second": 2e6, "neighbors": 0.0}] * 2,
         "torch-live": [measured(2.0, peak=400), measured(2.5, peak=300)],
         "trl": [measured(4.0, peak=200)] * 2,
         "trl-best": [measured(1.0, peak=90, reference_seconds=[0.08])] * 2,
@@ -287,7 +287,7 @@ def test_report_arithmetic(work):
 def test_a_busy_machine_or_a_slow_loader_is_told(work):
     config = decoder_config(hf_config("gpt_neox", **SIZES))
     rounds = {
-        "matmul-jax": [{"flops_per_second": 2e6, "neighbours": 0.3}],
+        "matmul-jax": [{"flops_per_second": 2e6, "neighbors": 0.3}],
         "jax-attention": [measured(0.5, peak=1, reference_seconds=[0.1], loader_seconds=0.1)],
     }
     shown = report.table(report.summarize(work[0], config, work[1], rounds, GATE))

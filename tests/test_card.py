@@ -159,7 +159,7 @@ def test_the_origin_of_a_folder_is_what_its_files_say(tmp_path, files, expected)
     assert model_origin(str(folder_with(tmp_path / "model", **files))) == expected
 
 
-def test_the_origin_of_a_hub_id_is_itself_with_the_licence_of_its_cached_card(monkeypatch):
+def test_the_origin_of_a_hub_id_is_itself_with_the_license_of_its_cached_card(monkeypatch):
     cards = {("a/b", None): "---\nlicense: mit\n---\n", ("a/b", "v1"): "---\nlicense: llama3\n---\n"}
     monkeypatch.setattr(origin, "_cached_card", lambda hub_id, revision: cards.get((hub_id, revision)))
     assert model_origin("a/b") == Origin("a/b", License("mit"))

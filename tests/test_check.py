@@ -283,7 +283,7 @@ sys.exit(main(sys.argv[1:]))
     ],
 )
 def test_plain_files_need_no_tensorflow_datasets(command, source, message, tmp_path):
-    pair = {"prompt": "Which colour is the sky?", "chosen": " Blue.", "rejected": " Green."}
+    pair = {"prompt": "Which color is the sky?", "chosen": " Blue.", "rejected": " Green."}
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(pair | {"chosen": f" Blue {i}."}) + "\n" for i in range(8)))
     config = tmp_path / "c.yaml"

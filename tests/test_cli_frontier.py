@@ -101,10 +101,10 @@ def test_every_run_is_measured_and_in_the_table(study):
     assert json.loads((folder / "reward_model" / "result.json").read_text())["held_out"] > 0
 
 
-def test_the_labelled_pairs_are_preferences_like_any_other(study):
+def test_the_labeled_pairs_are_preferences_like_any_other(study):
     root, out = study
     pairs = load_preferences(root / "run" / "frontier" / "pairs.jsonl", "train")
-    assert f"{len(pairs)} of 72 pairs labelled" in out  # 12 prompts, 6 pairs each
+    assert f"{len(pairs)} of 72 pairs labeled" in out  # 12 prompts, 6 pairs each
 
 
 def test_what_is_finished_is_not_done_again_also_where_the_folder_was_moved(study, tmp_path):
@@ -195,8 +195,8 @@ def test_a_chat_model_learns_plain_snippets_and_its_policies_are_adapters(study,
     config = splits.with_data(load_config(study[0] / "toy.yaml"), source="snippets", path=str(data))
     tokenizer = load_tokenizer(model)
     texts = splits.load_texts(config, "train")
-    learnt = [ids.tolist() for _, ids in splits.encode_texts(config, texts, tokenizer)]
-    assert learnt == [[*tokenizer(text.text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    learned = [ids.tolist() for _, ids in splits.encode_texts(config, texts, tokenizer)]
+    assert learned == [[*tokenizer(text.text)["input_ids"], tokenizer.eos_token_id] for text in texts]
 
 
 @pytest.mark.soak

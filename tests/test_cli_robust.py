@@ -137,8 +137,8 @@ def test_other_topics_are_a_reason_to_repeat_all_runs(place, world):
     assert settings("noise", "acting,plot") == settings("noise", "craft,film")
 
 
-def test_overoptimisation(place):
-    out, rows, summary = robust(place, "overoptimisation", "--frontier.seeds", "1")
+def test_overoptimization(place):
+    out, rows, summary = robust(place, "overoptimization", "--frontier.seeds", "1")
     assert len(rows) == 2 * 2 * 3 * 2  # widths, sizes of data, methods, points: N of 2 and 4, or evaluations
     assert all(float(row["proxy_low"]) <= float(row["proxy"]) <= float(row["proxy_high"]) for row in rows)
     cells = [(row["width"], row["prompts"], row["method"], row["form"]) for row in summary["fits"]]
@@ -147,21 +147,21 @@ def test_overoptimisation(place):
     for width in (32, 48):
         config = json.loads((place / "run" / f"width-{width}" / "sft" / "export" / "config.json").read_text())
         assert config["hidden_size"] == width
-    folder = place / "run" / "robust-overoptimisation"
+    folder = place / "run" / "robust-overoptimization"
     for pattern in ("runs/dpo-width-32-*", "runs/dpo-width-48-*", "width-32/reward_models/*", "width-48/reward_models/*"):
         paths = sorted(folder.glob(f"{pattern}/metrics.jsonl"))
         of_12, of_24 = (max(row["step"] for row in read_metrics(path)) for path in paths)
         assert of_24 <= of_12 <= of_24 + 1, "twice the prompts take the same number of steps"
     assert "true reward falls" in out
-    (place / "run" / "robust-overoptimisation" / "runs" / "best-of-n-width-32-prompts-12-seed0" / "prompts.jsonl").write_text(
+    (place / "run" / "robust-overoptimization" / "runs" / "best-of-n-width-32-prompts-12-seed0" / "prompts.jsonl").write_text(
         ""
     )
-    code, _, err = call("robust", place / "toy.yaml", "--robust.experiment", "overoptimisation", "--frontier.seeds", "1")
+    code, _, err = call("robust", place / "toy.yaml", "--robust.experiment", "overoptimization", "--frontier.seeds", "1")
     assert code != 0
     assert "lines are missing; delete the folder" in err
 
 
-FITS = ("--robust.experiment", "overoptimisation")
+FITS = ("--robust.experiment", "overoptimization")
 
 
 @pytest.mark.parametrize(
@@ -179,8 +179,8 @@ FITS = ("--robust.experiment", "overoptimisation")
             ("--robust.experiment", "shift", "--robust.topics", "plots"),
             "robust.topics: must be some but not all of acting, plot",
         ),
-        (("--robust.experiment", "overoptimisation", "--robust.widths", "33"), "robust.widths: 33 is not divisible by"),
-        (("--robust.experiment", "overoptimisation", "--frontier.prompts", "8"), "robust.train_prompts: 24 are more than"),
+        (("--robust.experiment", "overoptimization", "--robust.widths", "33"), "robust.widths: 33 is not divisible by"),
+        (("--robust.experiment", "overoptimization", "--frontier.prompts", "8"), "robust.train_prompts: 24 are more than"),
         (("--frontier.methods", "dpo"), "--frontier.methods: robust does not read this option"),
     ],
 )

@@ -283,7 +283,7 @@ def test_a_sum_of_losses_trains_is_evaluated_and_named_on_the_card(done, tmp_pat
     assert 1 < per_token < np.log(450)
     assert rows[-1]["logps/chosen"] > rows[0]["logps/chosen"]
     card = (tmp_path / "dpo" / "export" / "README.md").read_text()
-    assert "loss `length_regularized + 0.1*sft`: length-regularised DPO (R-DPO) ([2403.19159]" in card
+    assert "loss `length_regularized + 0.1*sft`: length-regularized DPO (R-DPO) ([2403.19159]" in card
     assert "penalty | 0.02 |" in card
     assert "gamma |" not in card
     evaluated = call("eval", done.config, *flags[:-2], *loss[:-2], "--eval.samples", 0)

@@ -156,7 +156,7 @@ def test_devices_see_about_as_many_keys(kind):
 
 
 def test_a_run_is_that_of_one_device():
-    """Steps with microbatches, a filler, and rows that the planner made long enough for the pieces."""
+    """Steps with microbatches, a padding example, and rows that the planner made long enough for the pieces."""
     dense, ring, variables = model_of("llama")
     layout = plan_layout(pairs(7), kind="packed", batch=7, multiple=4, pieces=2)
     assert layout.length % 256 == 0

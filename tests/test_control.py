@@ -21,7 +21,7 @@ from dpo_jax.control.lqr import Lqr, LqrWorld, masses
 from dpo_jax.control.methods import METHODS, Learner, Options
 from dpo_jax.control.policies import gaussian_policy
 from dpo_jax.control.rollouts import Rollouts, best_segments, preferences
-from dpo_jax.control.summary import summarised, tables
+from dpo_jax.control.summary import summarized, tables
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.runtime.parallel import pmap_partitioner, single_device
 from dpo_jax.step import init_state
@@ -248,7 +248,7 @@ def test_one_seed_says_nothing_about_others():
         [{"return": value, "return_low": value - 9, "return_high": value + 9}],
         1.0,
     )
-    summary = summarised([run("cpl", -100.0), run("sft", -124.0)], -80.0)
+    summary = summarized([run("cpl", -100.0), run("sft", -124.0)], -80.0)
     assert [(row["return"], row["return_low"]) for row in summary["ahead"]] == [(24.0, None)]
     assert tables(summary)[1].rows == [["sft", "24.00"]]
 

@@ -26,11 +26,11 @@ def linear(variables, states, actions, *, std=1.0):
     return -jnp.square(actions - states @ variables["gain"]).sum(-1) / (2 * std**2)
 
 
-def pairs(seed=0, count=8, filler=True):
+def pairs(seed=0, count=8, padded=True):
     rng = np.random.default_rng(seed)
     states, actions = (rng.normal(size=(count, 2, 5, size)).astype(np.float32) for size in (3, 2))
     weight = np.ones(count, np.float32)
-    weight[-1] = not filler
+    weight[-1] = not padded
     return SegmentPairs(states, actions, weight)
 
 
@@ -85,7 +85,7 @@ def test_only_lambda_below_one_minds_how_likely_both_segments_are():
             cpl_loss(scores, lam=lam)
 
 
-def test_behaviour_cloning_is_a_regression():
+def test_behavior_cloning_is_a_regression():
     batch = pairs()
     flat = Transitions(batch.states.reshape(-1, 3), batch.actions.reshape(-1, 2), np.ones(80, np.float32))
     after, metrics = one_step(flat, step=bc_step)

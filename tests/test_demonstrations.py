@@ -51,7 +51,7 @@ def texts_of(loaded, tokenizer, *, score_prompt=False, **limits):
     return found
 
 
-def test_all_turns_of_the_assistant_are_learnt(tmp_path):
+def test_all_turns_of_the_assistant_are_learned(tmp_path):
     tokenizer = chat_tokenizer(CHATML)
     loaded = load(
         tmp_path, {"messages": [USER, ANSWER, AGAIN, LAST], "prompt": "2 + 2?", "prompt_id": "a"}, tokenizer=tokenizer
@@ -117,9 +117,9 @@ def test_images_are_not_left_out_silently(tmp_path):
 
 
 def test_plain_texts(tmp_path, tokenizer):
-    loaded = load(tmp_path, *({"text": f"The sky is {word}."} for word in ("blue", "grey", "red")))
+    loaded = load(tmp_path, *({"text": f"The sky is {word}."} for word in ("blue", "gray", "red")))
     assert loaded.report.format == "sft_text"
-    assert texts_of(loaded, tokenizer)[1] == ("", "The sky is grey.<|endoftext|>", "The sky is grey.<|endoftext|>")
+    assert texts_of(loaded, tokenizer)[1] == ("", "The sky is gray.<|endoftext|>", "The sky is gray.<|endoftext|>")
     assert texts_of(loaded, tokenizer, max_length=4, max_prompt_length=2)[0][1] == tokenizer.decode(
         tokenizer("The sky is blue.")["input_ids"][:4]
     )

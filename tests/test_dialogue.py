@@ -168,7 +168,7 @@ def test_what_sft_reads_has_the_tokens_of_sampled_conversations(world):
 
 
 def test_a_conversation_scores_as_its_turns_one_by_one_and_has_their_gradient(world):
-    """So what the user says is read, and neither scored nor learnt."""
+    """So what the user says is read, and neither scored nor learned."""
     turns, prompt, ids, scored = played(world, 2)
     assert 0 < scored.sum() < len(ids)
     whole = completion_rows([Completion(prompt, ids, scored)], length=world.width)
@@ -235,9 +235,9 @@ def test_sampled_conversations_follow_the_rules(world, monkeypatch):
         {"role": "user", "content": "No."},
     ]
     how = Sampling(1, 2, "all")
-    labelled = label_conversations([found[0], found[2], found[3], found[2]], how, seed=0, name="a")
-    assert [(a.reward, b.reward) for a, b in labelled.pairs] == [(7.0, -1.0), (-1.0, -2.0)]
-    for (a, b), group in zip(labelled.pairs, labelled.groups, strict=True):
+    labeled = label_conversations([found[0], found[2], found[3], found[2]], how, seed=0, name="a")
+    assert [(a.reward, b.reward) for a, b in labeled.pairs] == [(7.0, -1.0), (-1.0, -2.0)]
+    for (a, b), group in zip(labeled.pairs, labeled.groups, strict=True):
         (better, worse) = group.pairs[0]
         np.testing.assert_array_equal(group.completions[better], a.ids)
         np.testing.assert_array_equal(group.scored[worse], b.scored)

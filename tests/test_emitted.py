@@ -215,13 +215,13 @@ def test_completions_come_back_as_they_were(tmp_path):
         read_completions(tmp_path / "b.jsonl")
 
 
-def test_labelled_samples_are_data_to_train_on(tmp_path):
+def test_labeled_samples_are_data_to_train_on(tmp_path):
     eos = "<|endoftext|>"
     texts = [*CAN_BE_EMITTED, f"spells {eos}", "plain"]
     sides = [[text, f"not {text}"] for text in texts]
     prompts = [f"Asked: {text}" for text in texts]
     pairs, counts = label(prompts, sides, np.array([[0.0, 1.0]] * len(texts)), how="argmax", seed=0, eos=eos)
-    assert (counts.empty, counts.eos, counts.labelled) == (2, 1, len(texts) - 3)
+    assert (counts.empty, counts.eos, counts.labeled) == (2, 1, len(texts) - 3)
     _write(pairs, tmp_path / "train.jsonl")
     loaded = load_preferences(tmp_path, "train")
     assert [(one.prompt, one.chosen, one.rejected) for one in loaded] == [(p.prompt, p.chosen, p.rejected) for p in pairs]
@@ -342,8 +342,8 @@ def test_markdown_shows_the_text_and_obeys_none_of_it(name, image):
 def test_a_model_card_quotes_what_others_wrote(tmp_path):
     run = RunDir(tmp_path / "run" / "dpo", lock=False)
     run.metrics.write_text("")
-    base_model, licence = "x](javascript:alert(1))", 'a: b # "c'
-    base = folder_with(tmp_path / "base", README_md=f"---\nbase_model: {base_model}\nlicense: {licence}\n---\n")
+    base_model, license = "x](javascript:alert(1))", 'a: b # "c'
+    base = folder_with(tmp_path / "base", README_md=f"---\nbase_model: {base_model}\nlicense: {license}\n---\n")
     data = tmp_path / "`| ![i](j)\u202e\n# h"
     report = {**REPORT, "samples": [{"prompt": text, "reference": text, "policy": text} for text in TEXTS[:3]]}
     for card in (
@@ -355,7 +355,7 @@ def test_a_model_card_quotes_what_others_wrote(tmp_path):
         assert "](j" not in body
         assert "\n# h" not in body
     header = ModelCard(sft_card(configured(run, model=str(base)), run)).data.to_dict()
-    assert (header.get("base_model"), header["license"]) == (None, licence)  # what is no id of the Hub is no link to it
+    assert (header.get("base_model"), header["license"]) == (None, license)  # what is no id of the Hub is no link to it
 
 
 def test_people_see_what_a_judge_sees_and_the_key_has_the_texts(tmp_path):

@@ -111,7 +111,7 @@ def test_held_out_values_come_back_in_the_order_of_the_data(kind):
     np.testing.assert_array_equal(found, [[len(pair.chosen), len(pair.rejected)] for pair in pairs])
 
 
-def test_a_policy_that_gives_nan_is_not_summarised():
+def test_a_policy_that_gives_nan_is_not_summarized():
     pairs = random_pairs(6)
     layout = plan_layout(pairs, kind="shared", batch=4)
 

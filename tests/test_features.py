@@ -29,7 +29,7 @@ IMAGES = [image(seed) for seed in (0, 1, 2, 1)]
 
 
 class Mean:
-    """Mean colours of the upper and the lower half; counts the images that it was given."""
+    """Mean colors of the upper and the lower half; counts the images that it was given."""
 
     def __init__(self):
         self.seen = 0

@@ -1,4 +1,4 @@
-"""A finished run is recognised by its files alone, and by nothing less than all of them."""
+"""A finished run is recognized by its files alone, and by nothing less than all of them."""
 
 import dataclasses
 import json

@@ -25,7 +25,7 @@ def test_hh_split_is_the_originals():
     assert all(split_hh(case["chosen"], case["rejected"]) == case["prompt"] for case in cases)
 
 
-def test_formats_are_recognised_by_their_columns(tmp_path):
+def test_formats_are_recognized_by_their_columns(tmp_path):
     for format, row in FINE.items():
         assert load(write(tmp_path / "train.jsonl", row)).report.format == format
     # the first row alone would look like TRL's implicit prompt
@@ -46,7 +46,7 @@ def test_the_table_of_formats_is_that_of_the_readme():
 
 @pytest.mark.parametrize("format", FORMATS.values(), ids=lambda format: format.name)
 def test_the_table_of_formats_is_true(format, tmp_path, tokenizer):
-    """The example is recognised and gives a pair; each column that the table calls needed is, and the others are not."""
+    """The example is recognized and gives a pair; each column that the table calls needed is, and the others are not."""
 
     def without(row, column):
         outer, _, inner = column.partition(".")
@@ -130,12 +130,12 @@ def test_the_implicit_prompt_of_texts_ends_at_a_word(chosen, rejected, prompt):
 
 
 def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
-    question, good, bad = turn("user", "What colour?"), turn("assistant", "Blue."), turn("assistant", "Green.")
+    question, good, bad = turn("user", "What color?"), turn("assistant", "Blue."), turn("assistant", "Green.")
     explicit = {"prompt": [question], "chosen": [good], "rejected": [bad]}
     implicit = {"chosen": [question, good], "rejected": [question, bad]}
-    beside = {**implicit, "prompt": "What colour?"}  # as in UltraFeedback
+    beside = {**implicit, "prompt": "What color?"}  # as in UltraFeedback
     loaded = load(write(tmp_path / "train.jsonl", explicit, implicit, beside), tokenizer=tokenizer)
-    prompt = "<|im_start|>user\nWhat colour?<|endoftext|>\n<|im_start|>assistant\n"
+    prompt = "<|im_start|>user\nWhat color?<|endoftext|>\n<|im_start|>assistant\n"
     assert {(p.prompt, p.chosen, p.rejected, p.chat) for p in loaded} == {(prompt, "Blue.", "Green.", True)}
     whole = tokenizer.apply_chat_template([question, good], tokenize=False)
     assert whole == prompt + "Blue." + tokenizer.eos_token + "\n"  # encoding appends the EOS

@@ -160,7 +160,7 @@ def test_another_reward_of_the_optimum_is_weighed_as_its_own(curve):
     assert (line.band[0] < line.reward).all()
     assert (line.reward < line.band[1]).all()
     apart = optimum(rewards, betas, seed=0, beside=np.random.default_rng(2).normal(size=(5, 300))).beside
-    assert np.ptp(apart.reward) < 0.3  # it has nothing to do with what was maximised
+    assert np.ptp(apart.reward) < 0.3  # it has nothing to do with what was maximized
     assert own.beside is None
     with pytest.raises(ValueError, match=r"beside has shape \(5, 2\), but rewards \(5, 300\)"):
         optimum(rewards, betas, seed=0, beside=rewards[:, :2])

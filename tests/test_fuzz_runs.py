@@ -147,7 +147,7 @@ def test_a_whole_run_has_a_page_without_a_complaint(whole, tmp_path):
         "H-H agree",
         "4 pairs: Leave them out.",
         "Methods at equal KL",
-        "Over-optimised",
+        "Over-optimized",
         "10% flipped",
     ):
         assert words in page

@@ -125,7 +125,7 @@ def test_sft_trajectory(family, per_row, pairs):
 
 @pytest.mark.parametrize("microbatches", [1, 4])
 def test_the_loss_per_token_is_the_sum_over_the_mean_length_of_the_batch(microbatches):
-    """TRL's loss: not the mean over texts of each text's own mean. The last text is a filler."""
+    """TRL's loss: not the mean over texts of each text's own mean. The last text is a padding example."""
     model = toy_model()
     start = model.init(jax.random.key(0))
     texts = [(pair.prompt, pair.chosen) for pair in PAIRS]  # of 2 to 9 tokens

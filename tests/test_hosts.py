@@ -110,7 +110,7 @@ def twenty_steps(directory):
 
 
 def torus(model, **sizes):
-    """A mesh in which the two devices of a process are no neighbours, as on a TPU slice."""
+    """A mesh in which the two devices of a process are no neighbors, as on a TPU slice."""
     devices = jax.devices()
     return mesh_partitioner(make_mesh(**sizes, devices=[*devices[::2], *devices[1::2]]), model, units=table.UNITS)
 

@@ -47,13 +47,13 @@ dpo: {{batch: 8, epochs: 2, lr: 1.0e-3, warmup_steps: 2}}
 eval: {{batch: 8, samples: 4, max_new_tokens: 4}}
 sample: {{prompts: 3, max_new_tokens: 4, temperature: 0}}
 """
-COLOURS = ("red", "green", "blue", "grey")
+COLORS = ("red", "green", "blue", "gray")
 TRAIN, TEST = 16, 6
 
 
 def base_model(folder):
     """A tiny Gemma 3 with the golden encoder, and a vocabulary for the toy's tokenizer."""
-    tokenizer = train_tokenizer(["What colour is this? Red, green, blue or grey."], vocab_size=300)
+    tokenizer = train_tokenizer(["What color is this? Red, green, blue or gray."], vocab_size=300)
     tokenizer.add_special_tokens({"additional_special_tokens": MARKS})
     tokenizer.chat_template = TEMPLATE
     hf = json.loads((FOLDER / "config.json").read_text())
@@ -67,9 +67,9 @@ def base_model(folder):
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
 
 
-def picture(colour, seed):
+def picture(color, seed):
     values = np.random.default_rng(seed).integers(0, 60, (9, 12, 3), np.uint8)
-    channel = COLOURS.index(colour)
+    channel = COLORS.index(color)
     values[:, :, slice(channel, channel + 1) if channel < 3 else slice(None)] += 180
     file = io.BytesIO()
     Image.fromarray(values).save(file, "PNG")
@@ -82,10 +82,10 @@ def write_data(folder):
     for split, count, first in (("train", TRAIN, 0), ("test", TEST, 100)):
         rows = []
         for number in range(count):
-            colour, other = (COLOURS[(number + shift) % 4] for shift in (0, 1))
+            color, other = (COLORS[(number + shift) % 4] for shift in (0, 1))
             names = [f"{split}{number}-{one}.png" for one in range(2 if number == 1 else 1)]
             for one, name in enumerate(names):
-                (folder / name).write_bytes(picture(colour, first + number + 50 * one))
+                (folder / name).write_bytes(picture(color, first + number + 50 * one))
             places = [{"type": "image", "image": name} for name in names]
             if number == 2:
                 places = []
@@ -93,7 +93,7 @@ def write_data(folder):
             rows.append(
                 {
                     "prompt": [{"role": "user", "content": content or "Which one?"}],
-                    "chosen": [{"role": "assistant", "content": colour}],
+                    "chosen": [{"role": "assistant", "content": color}],
                     "rejected": [{"role": "assistant", "content": other}],
                 }
             )
@@ -231,7 +231,7 @@ def test_an_image_that_changes_is_other_data(done, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
     flags = ("--run.dir", tmp_path / "run", "--dpo.policy", folder / "run/sft/export", "--data.path", tmp_path / "data")
     assert call("dpo", folder / "images.yaml", *flags).code == 0
-    (tmp_path / "data" / "train0-0.png").write_bytes(picture("grey", 77))
+    (tmp_path / "data" / "train0-0.png").write_bytes(picture("gray", 77))
     message = refused(2, "dpo", folder / "images.yaml", *flags)
     assert "holds a run with other data:\n  images: was '" in message
 
@@ -372,7 +372,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(made, tmp_path
 
 
 def test_texts_alone_train_the_text_model(made, tmp_path):
-    rows = [{"prompt": f"{number}?", "chosen": "red", "rejected": "grey"} for number in range(8)]
+    rows = [{"prompt": f"{number}?", "chosen": "red", "rejected": "gray"} for number in range(8)]
     for split in ("train", "test"):
         (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = call("sft", made / "images.yaml", "--run.dir", tmp_path / "run", "--data.path", tmp_path)

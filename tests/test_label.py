@@ -22,9 +22,9 @@ BY_TEXT = {
 def test_every_pair_is_accounted_for(how):
     preferences, counts = label(PROMPTS, TEXTS, REWARDS, how=how, seed=1)
     assert counts.pairs == 50 * 6
-    assert counts.labelled == len(preferences)
-    assert counts.labelled + counts.ties + counts.identical + counts.empty + counts.eos == counts.pairs
-    assert min(counts.labelled, counts.ties, counts.identical, counts.empty) > 0
+    assert counts.labeled == len(preferences)
+    assert counts.labeled + counts.ties + counts.identical + counts.empty + counts.eos == counts.pairs
+    assert min(counts.labeled, counts.ties, counts.identical, counts.empty) > 0
     assert len({preference.uid for preference in preferences}) == len(preferences)
     for preference in preferences:
         assert preference.chosen != preference.rejected
@@ -87,12 +87,12 @@ def test_what_does_not_agree_is_refused():
     assert label([], [], np.zeros((0, 0)), how="argmax", seed=0) == ([], (0, 0, 0, 0, 0, 0, 0))
 
 
-def test_ties_are_labelled_at_random_on_request():
+def test_ties_are_labeled_at_random_on_request():
     """Where the reward of a text depends on chance, leaving out ties would keep the pairs that chance made unequal."""
     texts = [[" a", " b"]] * 2000
     rewards = np.array([[0.0, 0.0]] * 1000 + [[8.0, 0.0]] * 1000)
     kept, counts = label([""] * 2000, texts, rewards, how="bradley_terry", seed=0, keep_ties=True)
-    assert (counts.labelled, counts.ties) == (2000, 0)
+    assert (counts.labeled, counts.ties) == (2000, 0)
     assert sum(one.chosen == " a" for one in kept[:1000]) == pytest.approx(500, abs=65)
     assert counts.against < 10
     without, counts = label([""] * 2000, texts, rewards, how="bradley_terry", seed=0)

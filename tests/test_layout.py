@@ -95,12 +95,12 @@ def test_values_of_the_caller_follow_the_pairs(name):
     np.testing.assert_array_equal(examples_to_rows(REF, rows), rows.ref_logps)
     weight = np.arange(1, len(PAIRS) + 1, dtype=np.float32)
     weighted = examples_to_rows(weight, rows)
-    fillers = np.asarray(rows.index) < 0
-    assert fillers.any() == (name == "packed")
-    np.testing.assert_array_equal(examples_to_rows(weight, rows, filler=7)[fillers], 7)
+    padding = np.asarray(rows.index) < 0
+    assert padding.any() == (name == "packed")
+    np.testing.assert_array_equal(examples_to_rows(weight, rows, fill_value=7)[padding], 7)
     np.testing.assert_array_equal(weighted[rows.index >= 0], weight[rows.index[rows.index >= 0]])
     assert weighted.dtype == np.float32
-    assert weighted.sum() == weight.sum()  # fillers have none
+    assert weighted.sum() == weight.sum()  # padding examples have none
     assert examples_to_rows(weight > 3, rows).dtype == bool
     with pytest.raises(ValueError, match="10 values, but the rows hold example number 10"):
         examples_to_rows(REF[:-1], rows)

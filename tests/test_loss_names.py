@@ -1,4 +1,4 @@
-"""Losses by name: equal to TRL's, indifferent to fillers, and documented by the table that the program is configured from."""
+"""Losses by name: equal to TRL's, not changed by padding, and documented by the table that the program is configured from."""
 
 import doctest
 import functools
@@ -139,8 +139,8 @@ def test_the_gradient_is_the_slope(name):
 
 
 @pytest.mark.parametrize("name", [*NAMES, "0.5*aot + 0.1*sft"])
-def test_fillers_change_nothing(name):
-    """A filler has weight 0, no tokens and log-probability 0; its weight would not undo a NaN, in the loss or its gradient."""
+def test_padding_examples_change_nothing(name):
+    """Padding has weight 0, no tokens and log-probability 0; its weight would not undo a NaN, in the loss or its gradient."""
     logps, ref, signals = drawn(7)
     places = [1, 2, 4, 5, 6, 7, 8]
 

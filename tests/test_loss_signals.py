@@ -67,7 +67,7 @@ def test_the_objective_alone_takes_the_means_of_its_rows(name, state):
 
 @pytest.mark.parametrize("cut", ["microbatches", "devices"])
 def test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut(cut, state):
-    """Each part has another mean length, and one holds the filler; the divisor is that of the whole batch."""
+    """Each part has another mean length, and one holds the padding example; the divisor is that of the whole batch."""
     loss = named_loss("cpo + 0.5*sigmoid_norm", beta=0.5)
     whole = metrics_of(loss, state, rows_of("shared"))
     if cut == "microbatches":
@@ -117,7 +117,7 @@ def of_the_whole_batch(state):
 
 
 # What rows hold does not depend on the loss, so one loss sees all kinds.
-@pytest.mark.parametrize("name, kind", [("aot", "packed"), *(("custom", kind) for kind in ("plain", "shared", "packed"))])
+@pytest.mark.parametrize(("name", "kind"), [("aot", "packed"), *(("custom", kind) for kind in ("plain", "shared", "packed"))])
 @pytest.mark.parametrize(
     "cut",
     [{"microbatches": 4}, {"devices": 4}, {"devices": 2, "microbatches": 2}, {"mesh": 2, "microbatches": 2}],

@@ -129,7 +129,7 @@ def test_names_are_short_where_they_can_be():
         source_names(["a", "a"])
 
 
-def test_a_copy_is_learnt_twice_and_its_reference_computed_once(tokenizer, tmp_path):
+def test_a_copy_is_learned_twice_and_its_reference_computed_once(tokenizer, tmp_path):
     mixed = mix({"a": some(5), "b": some(2, "other")}, {"a": 3, "b": 1})
     encoded = encode_all(mixed, tokenizer, **LIMITS)
     assert len(encoded) == 17

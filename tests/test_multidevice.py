@@ -60,7 +60,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def batches(variables):
-    """Seven pairs in eight rows, so that one is a filler; the reference is the policy at step 0."""
+    """Seven pairs in eight rows, so that one is a padding example; the reference is the policy at step 0."""
     layout = Layout("shared", length=32, scored=32, rows_multiple=8)
     reference = jax.jit(functools.partial(reference_logps, MODEL))
     every = [layout.rows(random_pairs(7, seed)) for seed in range(5)]

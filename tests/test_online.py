@@ -29,7 +29,7 @@ REWARDS = RNG.integers(0, 5, size=(60, 4)) / 2
 def test_the_best_is_paired_with_the_worst():
     pairs, counts = choose_pairs(TEXTS, REWARDS, how="best_worst")
     assert counts.pairs == 60
-    assert len(pairs) == counts.labelled > 20
+    assert len(pairs) == counts.labeled > 20
     assert counts.ties + counts.identical > 0
     for prompt, chosen, rejected in pairs.tolist():
         assert REWARDS[prompt, chosen] == REWARDS[prompt].max() > REWARDS[prompt].min() == REWARDS[prompt, rejected]
@@ -44,7 +44,7 @@ def test_an_unusable_text_does_not_cost_the_prompt_its_pair():
     texts = [[" good", " ok", ""], [" a</s>", " b", " c"], ["", " ", " z"]]
     pairs, counts = choose_pairs(texts, np.array([[2.0, 1.0, -3.0]] * 3), how="best_worst", eos="</s>")
     assert pairs.tolist() == [[0, 0, 1], [1, 1, 2]]
-    assert (counts.labelled, counts.empty) == (2, 1)
+    assert (counts.labeled, counts.empty) == (2, 1)
 
 
 def test_all_pairs_are_those_that_label_makes():
@@ -66,7 +66,7 @@ def test_soft_pairs_have_the_expected_loss_of_bradley_terry_draws():
     rewards = np.array([[3.0, -1.0, 0.5], [700.0, 0.0, 699.0]])
     pairs, counts = choose_pairs([[" a", " b", " c"]] * 2, rewards, how="soft")
     assert pairs.tolist() == choose_pairs([[" a", " b", " c"]] * 2, rewards, how="all")[0].tolist()
-    assert counts.labelled == 6
+    assert counts.labeled == 6
     logps, ref_logps = np.random.default_rng(0).normal(size=(2, 6, 2))
     lost = soft_labels(rewards, pairs)
     assert np.all((lost >= 0) & (lost < 0.5))

@@ -61,9 +61,9 @@ def distance(*, online, seed):
         new = rng.multinomial(LABELS // ROUNDS, drawn / drawn.sum())
         asked, wins = asked + new, wins + rng.binomial(new, wins_with)
         lost = 1 - wins / np.maximum(asked, 1)  # the labels of one pair, taken together, are a soft one
-        labelled = rows.replace(weight=np.float32(asked), extras={"label_smoothing": np.float32(lost)})
+        labeled = rows.replace(weight=np.float32(asked), extras={"label_smoothing": np.float32(lost)})
         for _ in range(STEPS):
-            state, _ = step(state, labelled)
+            state, _ = step(state, labeled)
     return total_variation(world.logps(state.variables), world.optimal_logps)
 
 

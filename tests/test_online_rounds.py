@@ -330,7 +330,7 @@ def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(
             np.testing.assert_allclose(extras["label_smoothing"][used], 1 / (1 + np.exp(0.3 * gaps)), rtol=1e-5)
 
 
-def test_fillers_of_a_batch_have_a_beta_that_losses_can_divide_by(parts, tmp_path):
+def test_padding_examples_of_a_batch_have_a_beta_that_losses_can_divide_by(parts, tmp_path):
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, {"pairs": "all", "beta_last": 0.025, "rounds": 2})
         made.move(0, parts.world.reference, "weights")

@@ -231,11 +231,11 @@ def test_every_line_of_a_panel_is_named_where_there_are_several(of_a_run):
     assert names >= {"chosen", "rejected", "margin", "reference", "beta x log(policy / reference), nats"}
 
 
-def test_chosen_and_rejected_differ_in_grey_and_without_colour():
-    def grey(style):
+def test_chosen_and_rejected_differ_in_gray_and_without_color():
+    def gray(style):
         return sum(w * int(style.color[i : i + 2], 16) for w, i in zip((0.299, 0.587, 0.114), (1, 3, 5), strict=True)) / 255
 
-    assert abs(grey(CHOSEN) - grey(REJECTED)) > 0.25
+    assert abs(gray(CHOSEN) - gray(REJECTED)) > 0.25
     assert (CHOSEN.line, CHOSEN.marker) != (REJECTED.line, REJECTED.marker)
 
 

@@ -25,9 +25,9 @@ from dpo_jax.ppo import (
     gae,
     minibatches,
     next_kl_coef,
-    normalised,
+    normalized,
     observe,
-    penalised_rewards,
+    penalized_rewards,
     policy_and_values,
     ppo_step,
     prompt_batch,
@@ -125,7 +125,7 @@ def test_the_score_comes_last_and_every_token_pays_for_its_kl():
     logps, ref_logps = random_arrays(2)
     scores = np.array([1.0, -2.0, 3.0, 0.5])
     with jax.enable_x64(True):
-        rewards = np.asarray(penalised_rewards(scores, logps, ref_logps, MASK, kl_coef=0.7))
+        rewards = np.asarray(penalized_rewards(scores, logps, ref_logps, MASK, kl_coef=0.7))
     price = -0.7 * (logps - ref_logps) * MASK
     np.testing.assert_allclose(rewards.sum(axis=1), scores + price.sum(axis=1), rtol=1e-12)
     for row, length in enumerate(LENGTHS):
@@ -164,8 +164,8 @@ def test_score_statistics_are_those_of_all_scores():
     stats = ScoreStats()
     for part in np.split(scores, [1, 5, 30]):
         stats = observe(stats, part)
-    np.testing.assert_allclose(normalised(stats, scores), (scores - scores.mean()) / scores.std(), rtol=1e-10)
-    np.testing.assert_array_equal(normalised(observe(ScoreStats(), [2.0, 2.0]), [2.0]), 0)
+    np.testing.assert_allclose(normalized(stats, scores), (scores - scores.mean()) / scores.std(), rtol=1e-10)
+    np.testing.assert_array_equal(normalized(observe(ScoreStats(), [2.0, 2.0]), [2.0]), 0)
 
 
 # ---- collecting
@@ -248,7 +248,7 @@ def test_prompts_that_are_too_long_are_refused():
 
 @pytest.fixture(scope="module")
 def rollout(table):
-    """Every completion and two fillers, from a policy that was another one: ratios on both sides of the clip."""
+    """Every completion and two padding examples, from a policy that was another one: ratios on both sides of the clip."""
     texts = [(np.array([p]), np.array(y)) for p in (1, 2) for y in COMPLETIONS]
     rows = Layout("plain", length=1 + NEW, scored=1 + NEW, rows_multiple=4).rows(texts)
     assert rows.weight.tolist() == [1] * 26 + [0] * 2
@@ -378,20 +378,20 @@ def test_ppo_finds_the_optimum_of_eq_4():
     beta = 0.5
     variables, reference, _, log = train(iterations=60, kl_coef=beta)
     logp, ref_logp = distribution(variables), distribution(reference)
-    unnormalised = ref_logp + REWARDS / beta
-    log_z = np.log(np.exp(unnormalised).sum(axis=1))
+    unnormalized = ref_logp + REWARDS / beta
+    log_z = np.log(np.exp(unnormalized).sum(axis=1))
     start = (np.exp(ref_logp) * REWARDS).sum(axis=1)
     objective = (np.exp(logp) * (REWARDS - beta * (logp - ref_logp))).sum(axis=1)
     assert ((beta * log_z - start) > 0.3).all()  # there is something to gain
     share = (objective - start) / (beta * log_z - start)
     assert (share > 0.999).all(), share
     assert (share <= 1 + 1e-6).all()
-    total_variation = 0.5 * np.abs(np.exp(logp) - np.exp(unnormalised - log_z[:, None])).sum(axis=1)
+    total_variation = 0.5 * np.abs(np.exp(logp) - np.exp(unnormalized - log_z[:, None])).sum(axis=1)
     assert (total_variation < 0.01).all(), total_variation
     # The estimates of the last rollout are those of the final policy, up to 512 samples.
-    assert log[-1]["penalised_score"] == pytest.approx(objective.mean(), abs=0.1)
+    assert log[-1]["penalized_score"] == pytest.approx(objective.mean(), abs=0.1)
     assert log[-1]["kl"] == pytest.approx((np.exp(logp) * (logp - ref_logp)).sum(axis=1).mean(), abs=0.1)
-    assert log[-1]["score"] - beta * log[-1]["kl"] == pytest.approx(log[-1]["penalised_score"], abs=1e-5)
+    assert log[-1]["score"] - beta * log[-1]["kl"] == pytest.approx(log[-1]["penalized_score"], abs=1e-5)
     assert log[0]["kl"] == pytest.approx(0, abs=1e-6)
 
 

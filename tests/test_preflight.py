@@ -320,11 +320,11 @@ def test_devices_that_get_nothing_are_told(place, capsys):
 # What is easily overlooked
 
 
-def test_a_misspelt_folder_is_not_silently_a_model_of_the_hub(place, capsys):
+def test_a_misspelled_folder_is_not_silently_a_model_of_the_hub(place, capsys):
     code, told = check("dpo", "--dpo.policy", "runs/nomodel", "--check", capsys=capsys)
     assert code == 0  # the Hub may have it
     assert "no error, 1 warning" in told
-    assert "dpo.policy: there is no folder runs/nomodel, though there is runs/: is it misspelt?" in told
+    assert "dpo.policy: there is no folder runs/nomodel, though there is runs/: is it misspelled?" in told
     assert "tokenizer.path: there is no" in check("dpo", "--tokenizer.path", "pairs/t", "--check", capsys=capsys)[1]
     assert "nothing is wrong with it" in check("dpo", "--dpo.policy", "org/name", "--check", capsys=capsys)[1]
 

@@ -10,7 +10,7 @@ from chat_templates import CHATML, LLAMA, chat_tokenizer
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError, TokenizerConfig, load_config
 from dpo_jax.cli.config.lab import FrontierConfig
-from dpo_jax.cli.experiment import encode_samples, labelled_samples
+from dpo_jax.cli.experiment import encode_samples, labeled_samples
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.evals.reward_functions import with_ends
@@ -86,7 +86,7 @@ def test_without_the_option_they_are_refused_with_it_as_the_remedy(chatty, tmp_p
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_path, finished):
+def test_labeled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_path, finished):
     """As `encode` gives the messages; the file of `label` is read with `data.rendered`. A sample that was cut has no end."""
     asked = chatty.apply_chat_template(TURNS[0], tokenize=False, add_generation_prompt=True)
     drawn = types.SimpleNamespace(texts=["By train.", "By bus."], finished=np.array([True, finished]))
@@ -96,7 +96,7 @@ def test_labelled_samples_of_conversations_end_as_the_policy_stops(chatty, tmp_p
     config = Config(frontier=FrontierConfig(completions=2, labels="argmax"))
     folder = tmp_path / "label"
     folder.mkdir()
-    preferences, _ = labelled_samples(config, world, prompts, folder / "train.jsonl", key=None)
+    preferences, _ = labeled_samples(config, world, prompts, folder / "train.jsonl", key=None)
     wanted = encoded(tmp_path / "messages", [as_messages(TURNS[0], ANSWER)], chatty)[0]
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     for found in (encode_samples(config, preferences, chatty)[0], encoded(tmp_path / "again", rows, chatty, rendered=True)[0]):

@@ -163,7 +163,7 @@ def test_a_finished_run_is_shown_without_a_warning_but_that_pairs_were_dropped(f
     assert titles == [
         "Read this first",
         "Held-out evaluation",
-        "Over-optimisation",
+        "Over-optimization",
         "Samples",
         "Training",
         "Weights",

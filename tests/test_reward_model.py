@@ -13,7 +13,7 @@ from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.reward_model import centred, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
+from dpo_jax.reward_model import centered, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.optim import make_optimizer
@@ -143,14 +143,14 @@ def test_a_separable_preference_is_learned(variables):
     found = np.asarray(REWARDS(state.variables, rows))
     assert (found[::2] > found[1::2]).mean() > 0.95
     assert abs(found.mean()) > 1e-3
-    shifted = np.asarray(REWARDS(centred(state.variables, found), rows))
+    shifted = np.asarray(REWARDS(centered(state.variables, found), rows))
     assert shifted.mean() == pytest.approx(0, abs=1e-5)
     np.testing.assert_allclose(shifted[::2] - shifted[1::2], found[::2] - found[1::2], atol=1e-5)
 
 
 @pytest.mark.parametrize("way", ["pmap", "mesh"])
 def test_however_it_is_run_it_is_one_step(way, variables):
-    """Seven pairs and a filler, in two microbatches on several devices, against all at once on one."""
+    """Seven pairs and a padding example, in two microbatches on several devices, against all at once on one."""
     variables = with_random_head(variables)
     rows = LAYOUT.rows(random_pairs(7, 0))
     assert rows.weight.tolist() == [1] * 7 + [0]

@@ -1,4 +1,4 @@
-"""Robustness: what theory says of flipped labels, flips themselves, topics of prompts, and the fits of over-optimisation."""
+"""Robustness: what theory says of flipped labels, flips themselves, topics of prompts, and the fits of over-optimization."""
 
 import dataclasses
 import doctest
@@ -15,9 +15,9 @@ from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.groups import group_pairs
 from dpo_jax.data.reviews import TOPICS, review_prompts
-from dpo_jax.evals import overoptimisation
+from dpo_jax.evals import overoptimization
 from dpo_jax.evals.frontier import best_of_n, optimum
-from dpo_jax.evals.overoptimisation import best_by, fit_gains, gain_at
+from dpo_jax.evals.overoptimization import best_by, fit_gains, gain_at
 from dpo_jax.lab import noise, seeds
 from dpo_jax.lab.methods import PairData
 from dpo_jax.lab.noise import METHODS, flipped, flips, implied_margin, implied_scores, predicted_curve
@@ -40,7 +40,7 @@ def losses(rate):
     }
 
 
-def minimiser(loss, rewards, rate):
+def minimizer(loss, rewards, rate):
     """beta u of the tabular policy that Newton's method finds for the expected loss over all ordered pairs, in float64."""
     ref = jax.nn.log_softmax(jnp.asarray(np.random.default_rng(0).normal(size=len(rewards))))
     first, second = np.where(rewards[:, None] != rewards[None, :])
@@ -66,9 +66,9 @@ def test_the_policy_of_least_expected_loss_is_the_one_that_theory_names(method):
     with jax.enable_x64(True):
         for rate in (0.0, 0.2):
             loss = losses(rate)[method]
-            two = minimiser(loss, REWARDS[:2], rate)
+            two = minimizer(loss, REWARDS[:2], rate)
             assert two[0] - two[1] == pytest.approx(float(implied_margin(method, 2.0, rate=rate)), abs=1e-9)
-            several = minimiser(loss, REWARDS, rate)
+            several = minimizer(loss, REWARDS, rate)
             np.testing.assert_allclose(several, implied_scores(method, REWARDS, rate=rate), atol=1e-8)
 
 
@@ -191,16 +191,16 @@ def test_gain_at_equal_kl_over_seeds():
 
 
 def test_the_report_says_where_the_true_reward_falls_or_that_nobody_knows(tmp_path):
-    for stage in ("dpo", "robust-overoptimisation"):
+    for stage in ("dpo", "robust-overoptimization"):
         (tmp_path / "run" / stage).mkdir(parents=True)
         (tmp_path / "run" / stage / "config.yaml").write_text("")
     fit = {"what": "width 64, 100 prompts, ppo", "words": "after KL 3.00 (2.00 to 4.00)"}
     table = {"caption": "fit", "columns": ["a"], "rows": [["ppo", "1.0"]], "note": ""}
-    file = tmp_path / "run" / "robust-overoptimisation" / "summary.json"
+    file = tmp_path / "run" / "robust-overoptimization" / "summary.json"
     file.write_text(json.dumps({"tables": [table], "falls": [fit]}))
     shown, falls = tables_of(tmp_path / "run")
     assert (shown.columns, shown.rows) == (["fit", "a"], [["ppo", "1.0"]])
-    assert falls.rows == [[fit["what"], fit["words"], "robust-overoptimisation, fitted"], ["dpo", UNKNOWN, "-"]]
+    assert falls.rows == [[fit["what"], fit["words"], "robust-overoptimization, fitted"], ["dpo", UNKNOWN, "-"]]
     file.write_text(json.dumps({"tables": [{**table, "rows": [["ppo"]]}]}))  # a row without its cell is not shown
     (falls,) = tables_of(tmp_path / "run")
     assert falls.rows == [["dpo", UNKNOWN, "-"]]
@@ -212,7 +212,7 @@ def tables_of(folder):
     return [block for block in section.blocks if isinstance(block, Table)]
 
 
-@pytest.mark.parametrize("module", [noise, overoptimisation, reviews, seeds], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [noise, overoptimization, reviews, seeds], ids=lambda module: module.__name__)
 def test_the_examples_of_the_docstrings(module):
     found = doctest.testmod(module, extraglobs={"np": np})
     assert (found.failed, found.attempted > 0) == (0, True)

@@ -27,7 +27,7 @@ from dpo_jax.step import apply_gradients, init_state
 VALUES = [1.001, -1.001, 0.9990234, 3e-5, -7e-39, 1e-42, 65535.7, -3.3895e38, 0.1]
 
 
-def neighbours(value):
+def neighbors(value):
     """The two numbers of bfloat16 around a float32: what is cut off, and one more in the last place."""
     low = np.array([np.float32(value)]).view(np.uint32) & np.uint32(0xFFFF0000)
     return low.view(np.float32)[0], (low + np.uint32(0x10000)).view(np.float32)[0]
@@ -38,7 +38,7 @@ def test_the_mean_of_many_roundings_is_the_value(value):
     count = 40_000
     rounded = jax.jit(round_to_bfloat16)(jnp.full(count, value, jnp.float32), jax.random.key(7))
     assert rounded.dtype == jnp.bfloat16
-    low, high = neighbours(value)
+    low, high = neighbors(value)
     found = np.asarray(rounded).astype(np.float32)
     assert set(found.tolist()) == {float(low), float(high)}
     up = Fraction(float(np.float32(value))) - Fraction(float(low))

@@ -52,7 +52,7 @@ def variables():
 
 @pytest.fixture(scope="module")
 def rows(variables):
-    """Seven pairs in eight rows: one is a filler. The reference is the policy."""
+    """Seven pairs in eight rows: one is a padding example. The reference is the policy."""
     found = Layout("shared", length=32, scored=32, rows_multiple=8).rows(random_pairs(7))
     return found.replace(ref_logps=np.asarray(jax.jit(functools.partial(reference_logps, MODEL))(variables, found)))
 
@@ -160,7 +160,7 @@ def test_the_loss_is_of_the_batch_on_all_devices(way, variables, rows):
 
 
 def test_microbatches_take_the_mean_of_theirs(variables, rows):
-    """Four microbatches of two rows, weighed by their pairs; the last one has a filler."""
+    """Four microbatches of two rows, weighed by their pairs; the last one has a padding example."""
     tx = optax.sgd(0.5)
     step = functools.partial(dpo_step, model=MODEL, tx=tx, loss=LOSS, router_aux_loss=COEFFICIENT, microbatches=4)
     _, metrics = jax.jit(step)(init_state(variables, tx), rows)

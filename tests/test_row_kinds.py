@@ -235,7 +235,7 @@ def test_a_long_mismatched_completion_cuts_nothing_of_the_example(tmp_path, toke
     read = load(tmp_path, *rows, BAD, rows="unpaired")
     found = encode_all(read, tokenizer, **LIMITS)
     texts, _ = encode_targets(read, tokenizer, **LIMITS)
-    assert len(texts) == 3  # undesirable ones are not learnt
+    assert len(texts) == 3  # undesirable ones are not learned
     for one, (prompt, completion) in zip(found, texts, strict=False):
         np.testing.assert_array_equal(one.prompt, prompt)
         np.testing.assert_array_equal(one.chosen, completion)
@@ -297,7 +297,7 @@ def test_every_completion_of_a_ranking_sees_its_prompt_and_itself(kind, completi
     rankings = [example(completions, number) for number in range(7)]
     ref = RNG.normal(size=(7, completions)).astype(np.float32)
     layout = plan_layout(rankings, kind=kind, batch=4, multiple=completions if kind == "plain" else 1)
-    for indices in (np.arange(4), np.arange(4, 7)):  # the second has a filler
+    for indices in (np.arange(4), np.arange(4, 7)):  # the second has a padding example
         rows = make_batch(rankings, indices, layout=layout, batch=4, ref_logps=ref).rows
         found = read_out(rows)
         assert len(rows.weight) * completions == len(rows.tokens) * rows.slots

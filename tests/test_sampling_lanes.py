@@ -145,7 +145,7 @@ def test_a_prompt_is_read_once_and_rounds_share_a_program():
     assert {rows for rows, columns in shapes if columns > 1} == {6}
 
 
-def test_equal_neighbours_are_completions_of_a_prompt():
+def test_equal_neighbors_are_completions_of_a_prompt():
     a, b = np.array([1, 2]), np.array([1, 3])
     assert repeats([a, a, b, b, b, b]) == 2
     assert repeats([a, a.copy(), a]) == 3
@@ -163,7 +163,7 @@ def test_calls_are_of_one_shape_and_bound_the_cache(count, times, columns, new, 
     assert times % shape.completions == 0
     assert shape.prompts % shards == shape.lanes % shards == 0
     calls = -(-len(prompts) // size)
-    assert size * calls < len(prompts) + shards * shape.completions * calls  # fillers
+    assert size * calls < len(prompts) + shards * shape.completions * calls  # padding examples
     assert shape.lanes <= min(64, len(prompts)) + shards * max(shards, shape.completions)
     waiting = size > shape.lanes
     cache = columns * (shape.prompts + (shape.lanes if waiting else 0)) + shape.lanes * (new - 1)

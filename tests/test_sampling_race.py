@@ -84,7 +84,7 @@ def result(greedy, *, nats=(-4.0, -4.2), seconds=(2.0, 1.0), **changes):
         "peak_bytes": 2**30,
         "device": "cpu",
         "versions": {},
-        "neighbours": 0.0,
+        "neighbors": 0.0,
         **changes,
     }
 
@@ -126,7 +126,7 @@ def test_tokens_that_end_a_completion_end_the_share_that_is_asked_for():
 
 def test_report_arithmetic(work):
     """Two rows of six tokens in 2 s and 1 s: 6 and 12 tokens/s, at the median batch 9."""
-    fast = {"seconds": (0.5, 0.5), "neighbours": 0.3}
+    fast = {"seconds": (0.5, 0.5), "neighbors": 0.3}
     rounds = {
         "torch-generate": [theirs(), theirs(seconds=(1.0, 1.0))],
         "jax-generate": [result([[0]] * 2, compile_seconds=s, **fast) for s in (4.0, 1.0)],

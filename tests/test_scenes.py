@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.scenes import (
-    COLOURS,
+    COLORS,
     GROUND,
     SIZE,
     THINGS,
@@ -41,9 +41,9 @@ def test_an_image_shows_exactly_its_objects():
         assert len(set(scene.things)) == len(scene.things)
         assert scene.image.shape == (SIZE, SIZE, 3)
         lit = np.abs(scene.image - GROUND).max(axis=-1) > 0.3  # far above the noise
-        palette = np.array(list(COLOURS.values()))
+        palette = np.array(list(COLORS.values()))
         seen = np.argmin(np.abs(scene.image[lit][:, None] - palette).sum(-1), axis=1)
-        assert {[*COLOURS][n] for n in np.unique(seen)} == {thing.colour for thing in scene.things}
+        assert {[*COLORS][n] for n in np.unique(seen)} == {thing.color for thing in scene.things}
 
 
 def test_companions_lie_together_more_often_than_chance():

@@ -9,7 +9,7 @@ import pytest
 from dpo_jax.evals.frontier import optimum
 from dpo_jax.lab import report
 from dpo_jax.lab.optimum import Drawn, kept_in
-from dpo_jax.lab.second_reward import gains, over_optimised, summary
+from dpo_jax.lab.second_reward import gains, over_optimized, summary
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.report.experiments import frontier
@@ -101,10 +101,10 @@ def test_what_gains_only_in_the_first_reward_is_said_in_words(results, best):
     assert (rows["late"]["label"], rows["late"]["turned"]) == ("beta 0.1", "beta 1")
     assert rows["honest"]["gain_low"] == pytest.approx(1 - math.hypot(0.1, 0.1))
     assert rows["best-of-n"]["second_gain"] == pytest.approx(0.9 - best.beside.reference)
-    assert over_optimised(found) == (["late", "worse"], ["quirk"])
+    assert over_optimized(found) == (["late", "worse"], ["quirk"])
     text = summary(found, name="vader")
     assert "It shows here for late, worse: the second reward falls while the first rises." in text
-    assert text.endswith("For quirk no gain in vader is seen beyond scatter: over-optimisation, or too few prompts to tell.")
+    assert text.endswith("For quirk no gain in vader is seen beyond scatter: over-optimization, or too few prompts to tell.")
     assert "both rise; the second was higher at beta 1" in text
     honest = gains([one for one in results if one.run.method in ("reference", "honest")], best)
     assert "There is no sign of it here" in summary(honest, name="vader")

@@ -38,7 +38,7 @@ def random_pairs(count, seed=0):
     return [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in sizes), uid=f"{i}") for i, sizes in enumerate(lengths)]
 
 
-PAIRS = random_pairs(7)  # one less than a batch of 8: every way of running meets a filler
+PAIRS = random_pairs(7)  # one less than a batch of 8: every way of running meets a padding example
 REF = np.random.default_rng(1).normal(-30, 2, size=(7, 2)).astype(np.float32)
 
 
@@ -272,7 +272,7 @@ def test_the_step_holds_no_reference_model(variables, tx):
     assert constants < 0.01 * size
 
 
-def test_fillers_and_order_do_not_matter():
+def test_padding_examples_and_order_do_not_matter():
     model = toy_model()
     variables = model.init(jax.random.key(0))
     step = jax.jit(functools.partial(sft_step, model=model, tx=optax.sgd(1e-3)))
@@ -440,8 +440,8 @@ def test_a_step_on_rankings_of_two_is_a_step_on_pairs(variables, tx):
 
 
 @pytest.mark.parametrize("partitioner", [single_device, pmap_partitioner])
-def test_microbatches_devices_and_fillers_of_rankings_agree(partitioner, tx):
-    """7 rankings of 3 at once, and the same 7 with a filler in parts: 2 microbatches on each device."""
+def test_microbatches_devices_and_padding_of_rankings_agree(partitioner, tx):
+    """7 rankings of 3 at once, and the same 7 with a padding example in parts: 2 microbatches on each device."""
     model, partitioner = toy_model(), partitioner()
     rankings, ref = random_rankings(7, 3)
     step = functools.partial(dpo_step, model=model, tx=tx, loss=RANKING_LOSS)

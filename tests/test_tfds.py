@@ -168,7 +168,7 @@ def test_no_module_that_features_name_is_imported(folder, tmp_path, monkeypatch)
             read_tfds(folder, "train")
 
 
-class LabelledTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class LabeledTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """A data set with the features of TFDS's imdb_reviews."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -185,11 +185,11 @@ class LabelledTexts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         yield from enumerate({"text": text, "label": label} for text, label in texts)
 
 
-def test_labelled_texts_as_in_imdb_reviews(tmp_path, folder):
-    LabelledTexts(data_dir=tmp_path / "imdb", file_format="array_record").download_and_prepare()
+def test_labeled_texts_as_in_imdb_reviews(tmp_path, folder):
+    LabeledTexts(data_dir=tmp_path / "imdb", file_format="array_record").download_and_prepare()
     assert read_texts(tmp_path / "imdb", "train") == [
-        Snippet("A fine film, très bien.", 1, "labelled_texts/train:1"),
-        Snippet("Dull.", 0, "labelled_texts/train:2"),
+        Snippet("A fine film, très bien.", 1, "labeled_texts/train:1"),
+        Snippet("Dull.", 0, "labeled_texts/train:2"),
     ]
     with pytest.raises(DataError, match="blank:1: empty: the text is empty or blank"):
         read_texts(tmp_path / "imdb", "blank")

@@ -66,7 +66,7 @@ def dpo_policy(asked):
     return WORLD.logps(variables), metrics
 
 
-def regularised_reward(logps, rewards, ref_logps):
+def regularized_reward(logps, rewards, ref_logps):
     """Eq. 3 for each prompt: E_pi[r] - beta KL(pi || pi_ref)."""
     return (np.exp(logps) * rewards).sum(axis=1) - BETA * kl(logps, ref_logps)
 
@@ -121,7 +121,7 @@ def test_no_policy_beats_the_optimum():
     policies = [WORLD.logps(WORLD.model.init(jax.random.key(seed))) for seed in range(5)] + [WORLD.ref_logps]
     for logps in [*policies, WORLD.optimal_logps]:
         behind = BETA * kl(logps, WORLD.optimal_logps)
-        np.testing.assert_allclose(regularised_reward(logps, WORLD.rewards, WORLD.ref_logps), best - behind, atol=1e-5)
+        np.testing.assert_allclose(regularized_reward(logps, WORLD.rewards, WORLD.ref_logps), best - behind, atol=1e-5)
     assert min(BETA * kl(logps, WORLD.optimal_logps).min() for logps in policies) > 0.1
 
 
@@ -144,7 +144,7 @@ def ascended(rewards, ref_logps, *, world):
 
 
 @pytest.mark.parametrize("shift", [np.zeros((2, 1)), np.array([[4.0], [-7.0]])], ids=["r", "r + f(x)"])
-def test_maximising_eq_3_leads_to_eq_4_whatever_is_added_to_the_prompt(shift):
+def test_maximizing_eq_3_leads_to_eq_4_whatever_is_added_to_the_prompt(shift):
     """Lemma 2, by ascent on rewards that differ by a function of the prompt: one optimal policy, that of r."""
     rewards = np.float32(WORLD.rewards + shift)
     logps = WORLD.logps(ascended(rewards, np.float32(WORLD.ref_logps), world=WORLD))
@@ -161,7 +161,7 @@ def test_dpo_converges_to_the_optimum(asked):
     assert total_variation(logps, WORLD.optimal_logps) < 0.01
     assert total_variation(WORLD.ref_logps, WORLD.optimal_logps) > 0.3  # the way it has come
     best = BETA * log_partition(WORLD.rewards, WORLD.ref_logps, beta=BETA)[:, 0]
-    np.testing.assert_allclose(regularised_reward(logps, WORLD.rewards, WORLD.ref_logps), best, atol=1e-4)
+    np.testing.assert_allclose(regularized_reward(logps, WORLD.rewards, WORLD.ref_logps), best, atol=1e-4)
 
 
 @pytest.mark.parametrize("asked", ["evenly", "reference"])
@@ -169,7 +169,7 @@ def test_the_implicit_reward_is_the_true_one_up_to_a_function_of_the_prompt(aske
     """Theorem 1. The function is -beta log Z (eq. 5), so that the implicit reward is the projection of eq. 8."""
     implicit = np.asarray(implicit_rewards(np.float32(dpo_policy(asked)[0]), np.float32(WORLD.ref_logps), beta=BETA))
     assert spread(implicit - WORLD.rewards) < 0.01
-    assert spread(WORLD.rewards) > 2  # what a policy that learnt nothing would show
+    assert spread(WORLD.rewards) > 2  # what a policy that learned nothing would show
     np.testing.assert_allclose(implicit, projected(WORLD.rewards, WORLD.ref_logps, beta=BETA), atol=0.01)
 
 
@@ -226,7 +226,7 @@ def test_a_function_of_the_prompt_changes_no_preference():
 
 @pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])
 def test_the_projection_is_the_one_reward_of_its_class_that_a_policy_has(beta):
-    """Eq. 8 gives eq. 9, a normalised policy, whose implicit reward it is; and it is the same from anywhere in the class."""
+    """Eq. 8 gives eq. 9, a normalized policy, whose implicit reward it is; and it is the same from anywhere in the class."""
     reward = np.random.default_rng(3).normal(size=WORLD.rewards.shape) + np.array([[50.0], [-20.0]])
     projection = projected(reward, WORLD.ref_logps, beta=beta)
     np.testing.assert_allclose((np.exp(WORLD.ref_logps) * np.exp(projection / beta)).sum(axis=1), 1.0, rtol=1e-10)

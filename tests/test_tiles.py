@@ -77,7 +77,7 @@ def test_hosts_add_up_their_own_parts(shape, spec, count, every_copy):
 
 @pytest.mark.parametrize("every_copy", [True, False])
 @pytest.mark.parametrize(("shape", "spec"), LAYOUTS[1:])
-def test_hosts_whose_devices_are_no_neighbours_in_the_mesh_gather_nothing(shape, spec, every_copy):
+def test_hosts_whose_devices_are_no_neighbors_in_the_mesh_gather_nothing(shape, spec, every_copy):
     """As on a TPU slice: its mesh follows the links of the torus."""
     array = laid_out(shape, spec)
     assert over_hosts(array, 2, every_copy=every_copy, torus=True) == digest(ARRAY)

@@ -53,7 +53,7 @@ SHAPES = (
 
 
 def choices(kernel: str, head_size: int) -> Iterator[Tiles]:
-    """The present tiles first, then their neighbours."""
+    """The present tiles first, then their neighbors."""
     present = tiles_of(kernel, head_size, jnp.bfloat16)
     yield present
     for own, met, warps, stages in itertools.product((64, 128), (32, 64), (4, 8), (2, 3)):

@@ -104,9 +104,9 @@ def run(work: Work, name: str, *, steps: int, trace: str | None = None, weights:
     # The step donates its state, so a live reference needs a copy of the starting weights.
     state = init_state(jax.tree.map(jnp.copy, variables) if rung.live else variables, tx)
     # All shapes of the frozen pairs, including those of steps that this round does not take: every round compiles the same.
-    filler = np.zeros((len(pairs), 2), np.float32)
+    placeholder = np.zeros((len(pairs), 2), np.float32)
     for step in range(work.longest_run):
-        step_function.prepare(state, make(step, ref_logps=None if rung.live else filler).rows)
+        step_function.prepare(state, make(step, ref_logps=None if rung.live else placeholder).rows)
 
     losses, norms, times, first_step_at = [], [], [time.perf_counter()], 0.0
 

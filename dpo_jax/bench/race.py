@@ -107,7 +107,7 @@ def run_one(
     command += [] if trace is None else ["--trace", trace]
     command += ["--weights", str(work.weights(name))] if weights and isinstance(work, Work) else []
     said = reported(f"{name}, round {round_number + 1}", brief=True)
-    with open(log, "wb") as output, _stopped_by_signals(), said, _Neighbours() as neighbours:
+    with open(log, "wb") as output, _stopped_by_signals(), said, _Neighbors() as neighbors:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     if done.returncode or not out.is_file():
         tail = log.read_text(errors="replace").strip().splitlines()[-8:]
@@ -117,7 +117,7 @@ def run_one(
             + "\n".join(f"    {line}" for line in tail)
             + f"\n{_REMEDY if name not in SAMPLERS else 'If memory is short, name fewer prompts in --bench.sampling.'}"
         )
-    return json.loads(out.read_text()) | {"neighbours": neighbours.share}
+    return json.loads(out.read_text()) | {"neighbors": neighbors.share}
 
 
 def pairs_per_second(work: Work, result: dict[str, Any]) -> float:
@@ -131,12 +131,12 @@ def _headline(work: Work, result: dict[str, Any]) -> str:
     return f"{pairs_per_second(work, result):8.2f} pairs/s, {result['peak_bytes'] / 2**30:.2f} GiB"
 
 
-class _Neighbours:
+class _Neighbors:
     """Share of the cores that other processes used during the race, 0 to 1; always 0 outside Linux. It should be small."""
 
     share = 0.0
 
-    def __enter__(self) -> _Neighbours:
+    def __enter__(self) -> _Neighbors:
         self._start = self._read()
         return self
 

@@ -56,7 +56,7 @@ def summarize(
         "devices": sorted(devices),
         "versions": {k: v for name in contenders for k, v in results[name][0]["versions"].items()},
         "threads": {name: results[name][0].get("threads", results[name][0]["cores"]) for name in contenders},
-        "neighbours": max(result["neighbours"] for rounds in results.values() for result in rounds),
+        "neighbors": max(result["neighbors"] for rounds in results.values() for result in rounds),
         "gates": dict(differences),
         "matmul_flops_per_second": rates,
         "peak_flops_per_second": peak,
@@ -114,7 +114,7 @@ def ratios(contenders: Mapping[str, Any], rates: Mapping[str, Mapping[str, float
         rival = max(ran, key=lambda name: contenders[name]["pairs_per_second"]["median"])
         theirs = contenders[rival]
         speed = ours["pairs_per_second"]["median"] / theirs["pairs_per_second"]["median"]
-        amortised = {
+        amortized = {
             epochs: rate / theirs["pairs_per_second_with_reference_pass"][epochs]
             for epochs, rate in ours["pairs_per_second_with_reference_pass"].items()
         }
@@ -124,7 +124,7 @@ def ratios(contenders: Mapping[str, Any], rates: Mapping[str, Mapping[str, float
             "at_least": ours["pairs_per_second"]["min"] / theirs["pairs_per_second"]["max"],
             "at_most": ours["pairs_per_second"]["max"] / theirs["pairs_per_second"]["min"],
             "over_matmul": speed / (rates[library(OURS)]["median"] / rates[library(rival)]["median"]),
-            "with_reference_pass": amortised,
+            "with_reference_pass": amortized,
             "peak_bytes": ours["peak_bytes"] / theirs["peak_bytes"],
         }
     return found
@@ -208,7 +208,7 @@ def _notes(summary: Mapping[str, Any]) -> list[str]:
         f"work         {work['batch']} pairs a step, prompt + chosen + rejected {tokens} tokens, {work['precision']}; "
         f"{work['rounds']} rounds of {work['steps']} timed steps",
         f"machine      {', '.join(summary['devices'])}; matrix products: {rates}; others used up to "
-        f"{summary['neighbours']:.0%} of the cores" + (": TOO BUSY to rely on" if summary["neighbours"] > QUIET else ""),
+        f"{summary['neighbors']:.0%} of the cores" + (": TOO BUSY to rely on" if summary["neighbors"] > QUIET else ""),
         f"gates        log-probabilities {gates['first_logps']:.1e} (relative), loss - ln 2 {gates['first_loss']:.1e}, "
         f"over {gates['steps']:.0f} steps loss {gates['loss_curve']:.1e}, gradient norms {gates['grad_norm']:.1e} (relative), "
         f"then the update of all weights {updates}",

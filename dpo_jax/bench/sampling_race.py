@@ -128,7 +128,7 @@ def summarize(work: SamplingWork, results: Results, differences: Mapping[str, fl
         },
         "devices": sorted({rounds[0]["device"] for rounds in results.values()}),
         "versions": {k: v for rounds in results.values() for k, v in rounds[0]["versions"].items()},
-        "neighbours": max(result["neighbours"] for rounds in results.values() for result in rounds),
+        "neighbors": max(result["neighbors"] for rounds in results.values() for result in rounds),
         "variants": {name: sorted({result["variant"] for result in rounds}) for name, rounds in results.items()},
         "gates": dict(differences),
         "samplers": figures,
@@ -154,7 +154,7 @@ def table(summary: Mapping[str, Any]) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     work, gates, ratio = summary["work"], summary["gates"], summary["ratio"]
-    busy = ": TOO BUSY to rely on" if summary["neighbours"] > QUIET else ""
+    busy = ": TOO BUSY to rely on" if summary["neighbors"] > QUIET else ""
     apart = f", the others diverge between logits at most {gates['gap']:.1e} apart" if gates["parted"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     return "\n".join(
@@ -166,7 +166,7 @@ def table(summary: Mapping[str, Any]) -> str:
             f"(mean {work['mean_tokens']:.1f}) at temperature 1, {work['precision']}; {work['rounds']} rounds of "
             f"{work['batches']} batches; fastest of each: "
             + "; ".join(f"{name} {', '.join(variants)}" for name, variants in summary["variants"].items()),
-            f"machine      {', '.join(summary['devices'])}; {versions}; others used up to {summary['neighbours']:.0%} of the "
+            f"machine      {', '.join(summary['devices'])}; {versions}; others used up to {summary['neighbors']:.0%} of the "
             f"cores{busy}",
             f"gates        greedy continuations: {gates['rows'] - gates['parted']:.0f} of {gates['rows']:.0f} equal{apart}; "
             f"sampled tokens differ by {gates['nats']:.3f} nats on average (standard error {gates['nats_error']:.3f})",

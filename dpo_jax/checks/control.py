@@ -42,7 +42,7 @@ def steps() -> list[list[float]]:
     """`WATCHED` of each step."""
     rng = np.random.RandomState(0)  # its numbers are the same in all versions of numpy
     states, actions = (rng.standard_normal((15, 2, 8, size)).astype(np.float32) for size in (4, 2))
-    pairs = SegmentPairs(states, actions, np.array([1] * 14 + [0], np.float32))  # the last is a filler
+    pairs = SegmentPairs(states, actions, np.array([1] * 14 + [0], np.float32))  # the last is a padding example
 
     def log_prob(variables: Variables, states: Array, actions: Array) -> jax.Array:
         means = jnp.matmul(states, variables["gain"], precision="highest")

@@ -31,7 +31,7 @@ from dpo_jax.runtime.parallel import single_device
 from dpo_jax.step import init_state, mean_grads
 from dpo_jax.types import Array, Model, Partitioner, Rows, Variables
 
-PAIRS, STEPS = 15, 4  # an odd number of pairs: the batch has a filler
+PAIRS, STEPS = 15, 4  # an odd number of pairs: the batch has a padding example
 SIZES: dict[str, Any] = {
     "vocab_size": 512,
     "width": 128,
@@ -123,7 +123,7 @@ def layout_of(kind: str, *, rows_multiple: int = 16) -> Layout:
 
 
 def in_order(values: Array, index: Array) -> np.ndarray:
-    """Values in the order of the pairs, from the order of a batch with fillers."""
+    """Values in the order of the pairs, from the order of a batch with padding examples."""
     ordered = np.zeros((PAIRS, 2), np.float32)
     ordered[np.asarray(index)[np.asarray(index) >= 0]] = np.asarray(values)[np.asarray(index) >= 0]
     return ordered
@@ -230,7 +230,7 @@ def _log_softmax() -> Result:
 
 
 def _microbatches() -> Result:
-    """Gradient and loss of a whole batch against those of 4 parts, the last of which holds the filler."""
+    """Gradient and loss of a whole batch against those of 4 parts, the last of which holds the padding example."""
     model, rows = small_model("float32")[0], batch_of("shared")
 
     @functools.partial(jax.jit, static_argnums=2)

@@ -86,7 +86,7 @@ def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     who = known.get(section.reward, section.reward)
     how = (
         f"{_objective(config.dpo)} Online: {section.rounds} rounds, each with {section.completions} completions of each of "
-        f"{section.prompts} prompts, sampled from the current policy and labelled by {who}."
+        f"{section.prompts} prompts, sampled from the current policy and labeled by {who}."
     )
     return _card(
         config,
@@ -209,7 +209,7 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
 
 
 def _header(origin: Origin, *, datasets: list[str], tag: str, adapter: bool, images: bool) -> str:
-    """The YAML header. Unknown values are left out: a wrong licence is worse than none."""
+    """The YAML header. Unknown values are left out: a wrong license is worse than none."""
     library = "peft" if adapter else "transformers"
     pipeline = "image-text-to-text" if images else "text-generation"
     fields: dict[str, Any] = {"library_name": library, "pipeline_tag": pipeline}

@@ -54,7 +54,7 @@ _REWARD_MODEL = (
 )
 
 
-# Its length is set by its rounds, and each round is evaluated.
+# What `online` does not read of section dpo: its rounds set the length, and each round is evaluated.
 _UNREAD = (
     *("reference", "epochs", "steps", "patience", "stop_on", "keep_best", "ld_alpha", "param_dtype", "refresh_reference_steps"),
     "eval_samples",
@@ -127,7 +127,7 @@ COMMANDS = {
         ("run.dir", "run.checkpoints", "export"),
     ),
     "label": Command(
-        "make preferences by labelling the policy's samples with a known reward",
+        "make preferences by labeling the policy's samples with a known reward",
         (*_RUN, "dpo.policy", *_experiment("prompts", "test_prompts", "completions", "labels")),
         ("data",),
     ),
@@ -167,7 +167,7 @@ COMMANDS = {
         ("data", "model"),
     ),
     "robust": Command(
-        "effect of flipped labels, prompt shift and over-optimisation on true reward at equal KL",
+        "effect of flipped labels, prompt shift and over-optimization on true reward at equal KL",
         (*_RUN, "sft", "dpo.policy", "lora", "dpo.trainable", *_TRAINING, *_SWEPT, *_PPO, "robust"),
         ("data", "model"),
     ),
@@ -194,7 +194,7 @@ COMMANDS = {
         ("study",),
     ),
     "agree": Command(
-        "Table 2: win rates by people and judges, and how far they agree",
+        "win rates by people and judges, and how far they agree (Table 2 of the DPO paper)",
         ("run.dir", "run.seed", "agree"),
     ),
     "report": Command(

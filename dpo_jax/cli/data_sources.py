@@ -54,9 +54,9 @@ def load_files(config: Config, side: Side, tokenizer: Any = None, *, rows: Wante
             raise DataError(f"data.mix, {part.path}: {error}", causes=error.causes) from error
     if not data.mix:
         return sets[names[0]]
-    labelled = {name for name, loaded in sets.items() if any(one.desirable is not None for one in loaded)}
-    if labelled and rows != "prompts":  # with "any" the others may be pairs, which can also be read as single completions
-        sets = {name: loaded if name in labelled else split_pairs(loaded) for name, loaded in sets.items()}
+    labeled = {name for name, loaded in sets.items() if any(one.desirable is not None for one in loaded)}
+    if labeled and rows != "prompts":  # with "any" the others may be pairs, which can also be read as single completions
+        sets = {name: loaded if name in labeled else split_pairs(loaded) for name, loaded in sets.items()}
     if rows == "rankings":
         check_ranking_lengths(itertools.chain(*sets.values()), where="data.mix")
     return mix(sets, {name: part.weight if side == "train" else 1.0 for name, part in zip(names, data.parts(), strict=True)})

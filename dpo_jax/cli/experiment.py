@@ -1,4 +1,4 @@
-"""Experiment setup of the paper's section 6.1 from a configuration: reference, prompts, true reward, labelled samples."""
+"""Experiment setup of the paper's section 6.1 from a configuration: reference, prompts, true reward, labeled samples."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def make_world(
     part = trained(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
     # The head of a reward model or value function, which is placed on the mesh with the rest.
     partitioner = part.partitioner(config, head=True)
-    learnt = prompts_of(config, train, tokenizer) if train else Prompts([], [])
+    learned = prompts_of(config, train, tokenizer) if train else Prompts([], [])
     judged = prompts_of(config, test, tokenizer)
-    longest = max(map(len, [*learnt.ids, *judged.ids]))
+    longest = max(map(len, [*learned.ids, *judged.ids]))
     if longest + section.max_new_tokens > model.config.max_positions:
         raise ConfigError(
             f"frontier.max_new_tokens: {section.max_new_tokens} more than the longest prompt ({longest} tokens) do not fit the "
             f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
         )
-    if (longest := max(map(len, learnt.ids), default=0)) >= config.data.max_length:
+    if (longest := max(map(len, learned.ids), default=0)) >= config.data.max_length:
         raise ConfigError(
             f"data.max_length: {config.data.max_length} leaves no token for a completion of the longest prompt ({longest}); "
             "raise it, or cut prompts (data.truncation: keep_end)"
@@ -82,7 +82,7 @@ def make_world(
         stop_ids=build.stop_ids(tokenizer, path),
         reference=reference,
         reward=reward,
-        train=learnt,
+        train=learned,
         test=judged,
         max_new_tokens=section.max_new_tokens,
         batch=section.sample_batch,
@@ -156,14 +156,14 @@ def true_reward(config: Config) -> Reward:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"frontier.classifier: {error}") from error
     if not has_true_reward(config):
-        raise ConfigError("frontier.reward: linear is fitted on labelled texts: it needs data.source snippets")
+        raise ConfigError("frontier.reward: linear is fitted on labeled texts: it needs data.source snippets")
     assert config.data.path is not None  # checked with the configuration
     with reported("reading the snippets"):
         every = load_snippets(config.data.path)
-    learnt, judged = snippets_of(every, "reward"), snippets_of(every, "test")
+    learned, judged = snippets_of(every, "reward"), snippets_of(every, "test")
     try:
         with reported("fitting the linear reward"):
-            reward = fit_linear([s.text for s in learnt], [s.label for s in learnt], inverse_penalty=1.0)
+            reward = fit_linear([s.text for s in learned], [s.label for s in learned], inverse_penalty=1.0)
     except ImportError as error:
         raise ConfigError(f"frontier.reward: {error}") from error
     accuracy, (low, high) = sign_accuracy(reward, [s.text for s in judged], [s.label for s in judged])
@@ -183,26 +183,26 @@ def second_reward(config: Config) -> Reward | None:
         raise ConfigError(f"frontier.second_reward: {error}") from error
 
 
-def labelled_samples(
+def labeled_samples(
     config: Config, world: World, prompts: Prompts, file: Path, *, key: jax.Array
 ) -> tuple[list[Preference], LabelCounts]:
-    """Labelled pairs of the reference's completions of `prompts` (appendix C.1); also written to `file` by the first host."""
+    """Labeled pairs of the reference's completions of `prompts` (appendix C.1); also written to `file` by the first host."""
     k = config.frontier.completions
     drawn = world.sample(world.reference, prompts.repeated(k), key)
     texts = [drawn.completions.texts[i : i + k] for i in range(0, len(drawn.rewards), k)]
     rewards = drawn.rewards.reshape(-1, k)
     how, eos = config.frontier.labels, world.tokenizer.eos_token
     finished = drawn.completions.finished.reshape(-1, k).tolist()
-    labelled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos, finished=finished)
-    preferences = _with_turn_ends(labelled, world.tokenizer)
-    cut = sum(len(one.unended) for one in labelled)
+    labeled, counts = label(prompts.texts, texts, rewards, how=how, seed=config.run.seed, eos=eos, finished=finished)
+    preferences = _with_turn_ends(labeled, world.tokenizer)
+    cut = sum(len(one.unended) for one in labeled)
     if is_first():
         _write(preferences, file)
     print(
-        f"{counts.labelled:,} of {counts.pairs:,} pairs labelled ({counts.against:,} against the reward); "
+        f"{counts.labeled:,} of {counts.pairs:,} pairs labeled ({counts.against:,} against the reward); "
         f"{counts.ties:,} ties, {counts.identical:,} identical, {counts.empty:,} empty"
         + (f", {counts.eos:,} that spell {eos}" if counts.eos else "")
-        + (f"; {cut:,} of {2 * len(labelled):,} completions were cut off and get no end" if cut else ""),
+        + (f"; {cut:,} of {2 * len(labeled):,} completions were cut off and get no end" if cut else ""),
         flush=True,
     )
     return preferences, counts
@@ -248,7 +248,7 @@ def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Pref
 
 
 def encode_samples(config: Config, preferences: Sequence[Preference], tokenizer: Any) -> EncodedSet:
-    """Labelled samples as tokens."""
+    """Labeled samples as tokens."""
     count = len(preferences)
     preferences = [dataclasses.replace(p, chat=is_rendered(p.prompt, tokenizer)) for p in preferences]
     found = DataReport(source="samples", split="train", format="samples", rows=count, read=count, kept=count)

@@ -69,7 +69,7 @@ def _of_online(settings: Mapping[str, Any], beta: float, elicitation: str) -> di
 
 
 AS_SAMPLED = {"samples": "without EOS after those that were cut"}
-"""A setting of results that rest on labelled samples. Earlier versions appended EOS to all of them."""
+"""A setting of results that rest on labeled samples. Earlier versions appended EOS to all of them."""
 
 
 def shared_settings(config: Config, digest: str, world: World) -> dict[str, Any]:

@@ -115,7 +115,7 @@ _TAGGED = re.compile(r"\A---\n(?:(?!---\n).*\n)*?(?:tags: *\[|[ -]*- )[\"']?dpo_
 def refuse_foreign(folder: Path) -> None:
     """Raises `ConfigError` if an export would replace files in a folder that no export has written.
 
-    An export's model card has this program's tag, which is recognised even if the card has been edited since.
+    An export's model card has this program's tag, which is recognized even if the card has been edited since.
     """
     if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return

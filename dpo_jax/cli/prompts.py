@@ -22,7 +22,7 @@ from dpo_jax.untrusted import Unreadable, cause_of, parse_json, read_object, rea
 
 TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".xlsx")
 IMAGE = "[image]"
-ARTICLE_CUE = "\nTL;DR:"  # makes a policy trained on Reddit summaries summarise an article
+ARTICLE_CUE = "\nTL;DR:"  # makes a policy trained on Reddit summaries summarize an article
 
 
 class Reference(NamedTuple):

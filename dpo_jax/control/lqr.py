@@ -59,7 +59,7 @@ class Lqr(NamedTuple):
             if np.abs(after - P).max() <= 1e-13 * np.abs(after).max():
                 return Optimum(after, K, M)
             P = after
-        raise ValueError("the Riccati equation has no fixed point: (A, B) cannot be stabilised at this discount")
+        raise ValueError("the Riccati equation has no fixed point: (A, B) cannot be stabilized at this discount")
 
     def cost(self, gain: np.ndarray, offset: np.ndarray | None = None) -> float:
         """Exact expected discounted cost of the actions `gain s + offset`; infinite if the policy is unstable."""

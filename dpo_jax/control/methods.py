@@ -126,7 +126,7 @@ class Learner:
         return partitioner.to_host(state.params)
 
     def clone(self, prefs: Preferences, segments: np.ndarray, seed: int, log: Path, **options: Any) -> Variables:
-        """Behaviour cloning of segments from a new policy."""
+        """Behavior cloning of segments from a new policy."""
         data = prefs.transitions(segments)
         of_step = draws(len(data.weight), self.options.transitions, seed)
         return self.train(self.bc, self.policy.init(jax.random.key(seed)), lambda i: _take(data, of_step(i)), log, **options)
@@ -137,7 +137,7 @@ def _take(data: Any, index: np.ndarray) -> Any:
 
 
 def sft(learner: Learner, prefs: Preferences, kind: Kind, seed: int, folder: Path) -> Points:
-    """SFT: behaviour cloning of all preferred segments."""
+    """SFT: behavior cloning of all preferred segments."""
     points: Points = []
     steps = learner.options.sft_steps + learner.options.steps
     learner.clone(prefs, prefs.order[:, 0], seed, folder / "metrics.jsonl", steps=steps, points=points)

@@ -1,8 +1,8 @@
-"""Gymnasium's Pendulum-v1: the simulator, an expert by value iteration, and behaviour of mixed skill.
+"""Gymnasium's Pendulum-v1: the simulator, an expert by value iteration, and behavior of mixed skill.
 
 States are the environment's observations, (cos, sin, speed / 8), and actions are torques divided by the largest one, so both
-are within [-1, 1]. Behaviour and returns come from the environment itself (`pip install gymnasium`, extra `control`). The
-expert and its values come from the same equations, vectorised over states (`advance`; a test compares the two). The dynamics
+are within [-1, 1]. Behavior and returns come from the environment itself (`pip install gymnasium`, extra `control`). The
+expert and its values come from the same equations, vectorized over states (`advance`; a test compares the two). The dynamics
 are deterministic, so the expert's V at a state is one rollout from it, and the advantages of a segment add up to
 
     sum_t gamma^t A(s_t, a_t) = sum_t gamma^t r_t + gamma^T V(s_T) - V(s_0).
@@ -151,7 +151,7 @@ class PendulumWorld:
         within, over = cut + np.arange(length), cut + np.arange(length + 1)
         s, a, r = states[:, over], actions[:, within], rewards[:, within]
         s, a, r = (x.reshape(episodes * each, *x.shape[2:]) for x in (s, a, r))
-        chosen = rng.permutation(episodes * each)[:count]  # shuffled: neighbours mostly come from different episodes
+        chosen = rng.permutation(episodes * each)[:count]  # shuffled: neighbors mostly come from different episodes
         s, a, r = s[chosen], a[chosen], r[chosen]
         first, last = (self.expert.value(*angle_and_speed(s[:, place])) for place in (0, -1))
         advantages = r @ discounts(length, self.gamma) + self.gamma**length * last - first

@@ -1,4 +1,4 @@
-"""Segments of behaviour, and preferences between them by regret or partial return."""
+"""Segments of behavior, and preferences between them by regret or partial return."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def summarised(results: Sequence[Result], optimal: float) -> dict[str, Any]:
+def summarized(results: Sequence[Result], optimal: float) -> dict[str, Any]:
     """Summary with `returns` of each method and kind of preferences (mean of the last points over seeds, 95 % interval,
     standard error over seeds) and `ahead`, CPL's return minus that of each other method, paired by seed, with the 95 %
     interval (Student's t; none for one seed).

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dpo_jax.data.messages import Message, Template, call_names, content_of, is_learnt, read_messages, read_template
+from dpo_jax.data.messages import Message, Template, call_names, content_of, is_learned, read_messages, read_template
 from dpo_jax.data.pairs import BadRow, Cause, Preference, Spans, check_completion, check_pair
 from dpo_jax.data.special_tokens import ends_in_special
 from dpo_jax.data.turns import assistant_spans, boundary, refuse_rewriting
@@ -187,7 +187,7 @@ def _check_completion(messages: list[Message], field: str, *, context: int) -> N
     if len(messages) > MAX_TURNS:
         raise BadRow(Cause.TOO_LONG, f"a completion of {len(messages):,} turns, but the limit is {MAX_TURNS:,}", field=field)
     own = [message for message in messages[context:] if message["role"] == "assistant"]
-    if own and not any(map(is_learnt, own)):
+    if own and not any(map(is_learned, own)):
         raise BadRow(Cause.EMPTY, "every turn of the assistant has weight 0, so there is nothing to learn", field=field)
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)

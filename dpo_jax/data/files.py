@@ -1,6 +1,6 @@
 """Readers of data files (JSON Lines, JSON arrays and CSV, also gzipped, and parquet): each row with its place, `file:line`.
 
-A bad row is passed on as a `BadRow` and may be dropped. A bad file (truncated, not fetched, mislabelled) is always a
+A bad row is passed on as a `BadRow` and may be dropped. A bad file (truncated, not fetched, mislabeled) is always a
 `DataError`, because its missing rows cannot be counted.
 """
 
@@ -42,7 +42,7 @@ def read_rows(
     report.
 
     `columns`: chooses the columns of a parquet file to decode, given all names; None: all. The others are `UNREAD`. Raises
-    `DataError` for a git-lfs pointer, a damaged or mislabelled file, and a file without a single row.
+    `DataError` for a git-lfs pointer, a damaged or mislabeled file, and a file without a single row.
     """
     check_head(name, path)
     rows = 0

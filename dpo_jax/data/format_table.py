@@ -80,8 +80,8 @@ _FORMATS = (
         },
         ("info", "summaries", "choice"),
         {
-            "info": {"subreddit": "tifu", "title": "by baking", "post": "I burnt it."},
-            "summaries": [{"text": " Baked."}, {"text": " Burnt the bread."}],
+            "info": {"subreddit": "tifu", "title": "by baking", "post": "I burned it."},
+            "summaries": [{"text": " Baked."}, {"text": " Burned the bread."}],
             "choice": 1,
         },
     ),
@@ -240,7 +240,7 @@ _FORMATS = (
             "subset": _SUBSET,
         },
         ("prompt", "completions"),
-        {"prompt": "The sky is", "completions": [" blue.", " grey.", " green."], "ranks": [1, 2, 3]},
+        {"prompt": "The sky is", "completions": [" blue.", " gray.", " green."], "ranks": [1, 2, 3]},
         rows="rankings",
     ),
     Format(
@@ -261,7 +261,7 @@ _FORMATS = (
     ),
     Format(
         "sft_messages",
-        "conversations, for `sft`: all turns of the assistant are learnt",
+        "conversations, for `sft`: all turns of the assistant are learned",
         {
             "messages": Column("messages, of which at least one is the assistant's"),
             "system": _SYSTEM,
@@ -275,7 +275,7 @@ _FORMATS = (
     ),
     Format(
         "sft_text",
-        "plain texts without prompts, for `sft`; TRL's language-modelling form",
+        "plain texts without prompts, for `sft`; TRL's language-modeling form",
         {"text": Column("the text to learn"), "subset": _SUBSET},
         ("text",),
         {"text": "The sky is blue."},

@@ -33,7 +33,7 @@ Source = bytes | str | os.PathLike[str]
 class Processing(NamedTuple):
     """Image preprocessing of an encoder; the defaults are Gemma 3's.
 
-    A pixel from 0 to 255 becomes `(pixel * scale - mean) / std`, per colour channel.
+    A pixel from 0 to 255 becomes `(pixel * scale - mean) / std`, per color channel.
     """
 
     height: int = 896
@@ -77,8 +77,8 @@ def load_processing(folder: str | os.PathLike[str], *, tokens: int | None = None
             width=int(size["width"]),
             resample=int(read["resample"]),
             scale=float(read["rescale_factor"]),
-            mean=_colours(read["image_mean"]),
-            std=_colours(read["image_std"]),
+            mean=_colors(read["image_mean"]),
+            std=_colors(read["image_std"]),
             tokens=int(found.get("image_seq_length") or default.tokens),
         )
     except (TypeError, ValueError) as error:
@@ -91,7 +91,7 @@ def load_processing(folder: str | os.PathLike[str], *, tokens: int | None = None
 _DEFAULTS = {"resample": 2, "rescale_factor": 1 / 255, "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3}
 
 
-def _colours(value: Any) -> tuple[float, ...]:
+def _colors(value: Any) -> tuple[float, ...]:
     found = (float(value),) * 3 if isinstance(value, int | float) else tuple(map(float, value))
     if len(found) != 3:
         raise ValueError(f"three numbers are expected, for red, green and blue, got {value!r}")

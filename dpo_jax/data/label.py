@@ -1,4 +1,4 @@
-"""Preferences from samples (appendix C.1 of the paper): all pairs of a prompt's completions, labelled by a reward."""
+"""Preferences from samples (appendix C.1 of the paper): all pairs of a prompt's completions, labeled by a reward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ How = Literal["argmax", "bradley_terry"]
 
 
 class LabelCounts(NamedTuple):
-    """Numbers of labelled and dropped pairs. Always: `labelled + ties + identical + empty + eos == pairs`."""
+    """Numbers of labeled and dropped pairs. Always: `labeled + ties + identical + empty + eos == pairs`."""
 
     pairs: int  # all K (K - 1) / 2 of every prompt
-    labelled: int
+    labeled: int
     ties: int  # equal rewards: no preference, unless the label is drawn all the same
     identical: int  # equal texts: nothing to learn
     empty: int  # a side without text, which no data set may contain
     eos: int  # a side that contains the EOS token, which no data set may contain either
-    against: int  # labelled pairs whose chosen side has the lower reward
+    against: int  # labeled pairs whose chosen side has the lower reward
 
 
 def label(
@@ -37,7 +37,7 @@ def label(
     finished: Sequence[Sequence[bool]] | None = None,
     keep_ties: bool = False,
 ) -> tuple[list[Preference], LabelCounts]:
-    """All pairs of the K completions of each of P prompts, labelled by `rewards[P, K]`: 6 pairs for 4 completions.
+    """All pairs of the K completions of each of P prompts, labeled by `rewards[P, K]`: 6 pairs for 4 completions.
 
     "argmax" chooses the higher reward. "bradley_terry" draws the label, with P(first chosen) = sigmoid(r_first - r_second) (eq.
     1); rewards are then in logits, so scale them first. Pairs are in prompt order, with uids "name:prompt:first-second". The

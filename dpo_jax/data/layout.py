@@ -9,7 +9,7 @@ contiguous range of keys, so two integers per token describe any packing:
     padding       (index x)   [x, x]                 itself, so that no softmax is empty
 
 The prompt passes through the model once, and both completions attend to it. The last prompt token predicts `c_0` and `r_0`; the
-neighbour on the right predicts `c_j`, the neighbour on the left `r_k`.
+neighbor on the right predicts `c_j`, the neighbor on the left `r_k`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def plain_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | No
 def shared_rows(encoded: Sequence[Encoded], *, length: int, ref_logps: Array | None = None) -> Rows:
     """One pair per row, `[reversed(chosen) | prompt | rejected]`: the prompt is computed once.
 
-    R = P rows of L = `length` tokens, for models that honour `k_start`, `k_end` and `positions` (see `check_model`); for other
+    R = P rows of L = `length` tokens, for models that honor `k_start`, `k_end` and `positions` (see `check_model`); for other
     models use `plain_rows`. `ref_logps` float[P, 2], in the order of `encoded`, is stored in the rows. Raises ValueError for a
     pair that needs more than `length` tokens or has no prompt; other errors are those of `plain_rows`.
 
@@ -130,8 +130,8 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
     """Rankings of K completions, one completion per row after its prompt: R = K * P rows, those of a ranking together.
 
     `ref_logps[P, K]`, in the order of `rankings`, is stored in the rows. `weight` and `index` have one entry per ranking, and
-    fillers of weight 0 are added up to `at_least`. Raises ValueError if the rankings differ in length or are empty, or if one
-    needs more than `length` tokens.
+    padding examples of weight 0 are added up to `at_least`. Raises ValueError if the rankings differ in length or are empty, or
+    if one needs more than `length` tokens.
 
     >>> prompt, completions = np.int32([5, 6]), [np.int32([7, 0]), np.int32([8, 0]), np.int32([9, 0])]
     >>> rows = ranking_rows([(prompt, completions)], length=8)
@@ -156,18 +156,19 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
     return layout.rows(encoded, ref_logps=ref_logps, at_least=places * at_least)
 
 
-def examples_to_rows(values: Array, rows: Rows, *, filler: float = 0.0) -> np.ndarray:
-    """Values of the caller's examples, `values` [n, ...], reordered to match the batch: [E, ...], with `filler` for a filler.
+def examples_to_rows(values: Array, rows: Rows, *, fill_value: float = 0.0) -> np.ndarray:
+    """Values of the caller's examples, `values` [n, ...], reordered to match the batch: [E, ...], with `fill_value` for a
+    padding example.
 
     Rows may hold examples in another order (`packed_rows`); this follows `rows.index`. Use it on the host, before the step:
 
         rows.replace(extras={"gap": examples_to_rows(gap, rows)})    a column that the loss takes by keyword
-        rows.replace(extras={"beta": examples_to_rows(beta, rows, filler=0.1)})    one that must not be 0
+        rows.replace(extras={"beta": examples_to_rows(beta, rows, fill_value=0.1)})    one that must not be 0
         rows.replace(weight=examples_to_rows(weight, rows))          a weighted mean
         rows.replace(ref_logps=examples_to_rows(ref_logps, rows))    reference log-probabilities computed later
 
-    A filler has weight 0, but 0 times the NaN or infinity of a loss that divides by its column is NaN. Raises ValueError if
-    `rows` hold more examples than `values`.
+    A padding example has weight 0, but 0 times the NaN or infinity of a loss that divides by its column is NaN. Raises
+    ValueError if `rows` hold more examples than `values`.
 
     >>> packed = packed_rows(encoded, length=128, pairs_per_row=3)
     >>> packed.index.tolist(), examples_to_rows(np.float32([0.5, 2.0]), packed).tolist()
@@ -177,7 +178,7 @@ def examples_to_rows(values: Array, rows: Rows, *, filler: float = 0.0) -> np.nd
     if index.max(initial=-1) >= len(values):
         raise ValueError(f"{len(values)} values, but the rows hold example number {index.max()}: give one for each example")
     used = (index >= 0).reshape(-1, *(1 for _ in values.shape[1:]))
-    return np.where(used, values[index], values.dtype.type(filler))
+    return np.where(used, values[index], values.dtype.type(fill_value))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,8 +194,8 @@ class Layout:
     per_row: int = 1  # most pairs (groups, completions) per row; above 1 when packed, and for groups
     completions: int = 2  # most completions of a group
     pairs: int = 1  # most pairs of a group
-    rows_multiple: int = 1  # R is rounded up to a multiple of this with empty rows,
-    row_counts: tuple[int, ...] = ()  # and to one of these, ascending, if one is large enough: each count compiles once
+    rows_multiple: int = 1  # empty rows pad R to a multiple of this
+    row_counts: tuple[int, ...] = ()  # ascending; R is then padded to the next of these, so that few shapes are compiled
     image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
     microbatches: int = 1  # on one device: equal parts of a batch, of which `step.mean_grads` skips those of empty rows
 

@@ -23,13 +23,14 @@ class Batch(NamedTuple):
     """The input of one step, on the host. All fields but `rows` describe the whole batch, even if `rows` is one host's part."""
 
     rows: Rows
-    index: np.ndarray  # int32[E]  position in `uids` of the example at each place; -1 for a filler
+    index: np.ndarray  # int32[E]  position in `uids` of the example at each place; -1 for a padding example
     uids: list[str]  # of the examples in the batch
     stats: dict[str, float]  # pairs or texts; computed positions, tokens in them; scored_tokens; padding (0 to 1)
     first: int = 0  # place of the first example in the data; set by `eval_batches`
 
     def of_examples(self, values: Array) -> tuple[np.ndarray, np.ndarray]:
-        """The real examples' places in the data, int[n], and their part of `values[E, ...]`, [n, ...]: without fillers.
+        """The real examples' places in the data, int[n], and their part of `values[E, ...]`, [n, ...]: without padding
+        examples.
 
         Only in batches of `eval_batches`; in others the places are those in the batch (`uids`). Groups count as `Layout.pairs`
         places each.
@@ -44,7 +45,7 @@ def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) ->
 
 
 def seen_in(epochs: float, examples: int) -> int:
-    """Examples seen in `epochs` passes, at least one. A part of a pass sees a random part of the examples, each once."""
+    """Examples seen in `epochs` passes, at least one. A fraction of an epoch sees a random subset, each example once."""
     return max(1, round(examples * epochs))
 
 
@@ -54,8 +55,8 @@ def batch_indices(
     """The examples of step `step`: int64[<= batch], a pure function of the arguments.
 
     Epochs follow each other without a gap, so a batch may end one and begin the next; each epoch contains each example once.
-    `epochs` ends the stream, and the last batch may be smaller. `behind` is for a stream that once ended earlier with such a
-    smaller batch: how many examples fewer than `step * batch` it had seen.
+    `epochs` ends the stream, and the last batch may be smaller. If a run that ended with such a batch is extended, `behind` is
+    the number of examples that this batch lacked: every later step starts that many examples earlier.
     """
     last = math.inf if epochs is None else seen_in(epochs, examples)
     places = np.arange(step * batch - behind, min((step + 1) * batch - behind, last), dtype=np.int64)

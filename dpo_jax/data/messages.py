@@ -126,7 +126,7 @@ def _joined(parts: list[Any], place: str) -> str:
     return "".join(texts)
 
 
-def is_learnt(message: Message) -> bool:
+def is_learned(message: Message) -> bool:
     """Whether a turn of the assistant is scored: OpenAI's fine-tuning files mark the others with `"weight": 0`."""
     return message.get("weight", 1) != 0
 

@@ -115,7 +115,7 @@ class BadRow(Unreadable):
     """An unusable row: `cause`, the `field` at fault ("" for the whole row) and a readable `detail`."""
 
     def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
-        # Both may quote the data, which may be very long or contain half characters that cannot be written.
+        # Both may quote the data, which may be very long, or contain lone surrogates, which cannot be encoded.
         detail, field = _shortened(detail, 240), _shortened(field, 80)
         super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
         self.cause, self.detail, self.field = cause, detail, field

@@ -59,7 +59,7 @@ def encode_all(
     triage, whole = Triage(report, on_bad=on_bad), truncation == "drop"
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "bos": bos}
     limits["truncation"] = "completions" if whole else truncation
-    tokenizer = _Remembering(tokenizer)
+    tokenizer = _CachingTokenizer(tokenizer)
     sound: list[Encoded] = []
     alone: set[str] = set()  # uids of demonstrations
     for preference in preferences:
@@ -75,13 +75,13 @@ def encode_all(
         sound.append(pair)
         if preference.demonstration:
             alone.add(pair.uid)
-    labelled = [pair for pair in sound if pair.desirable is not None and pair.uid not in alone]
-    if labelled:
-        if one_prompt(labelled):
+    labeled = [pair for pair in sound if pair.desirable is not None and pair.uid not in alone]
+    if labeled:
+        if one_prompt(labeled):
             report.notes.append(
                 "all completions have one prompt: none can be mismatched, and KTO's z0 is that of the completions"
             )
-        found = {pair.uid: pair for pair in mismatched(labelled, max_length=max_length)}
+        found = {pair.uid: pair for pair in mismatched(labeled, max_length=max_length)}
         sound = [found.get(pair.uid, pair) for pair in sound]
     kept = []
     for pair in sound:
@@ -117,7 +117,7 @@ def encode_targets(
     `score_prompt`, prompt and completion are one fully scored text (except its first token and images).
     """
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length, "truncation": truncation, "bos": bos}
-    tokenizer = _Remembering(tokenizer)
+    tokenizer = _CachingTokenizer(tokenizer)
     seen: dict[tuple[str, tuple[str, ...], str, Spans | None, bool, int], Preference] = {}
     for preference in preferences:
         if preference.desirable is False:
@@ -172,7 +172,7 @@ def data_digest(examples: Sequence[Encoded] | Sequence[Text]) -> str:
     return digest.hexdigest()
 
 
-class _Remembering:
+class _CachingTokenizer:
     """A tokenizer that caches the ids of recent texts, because several checks need those of one preference.
 
     A plain fast tokenizer is called through the tokenizers library, in half the time of transformers.
@@ -216,7 +216,7 @@ class _Remembering:
 
 
 def _literal_eos(tokenizer: Any) -> tuple[str, ...]:
-    """The spellings of EOS, one of which is in every text whose ids contain EOS; None if EOS may come from other text.
+    """The spellings of EOS, one of which is in every text whose ids contain EOS; empty if EOS may come from other text.
 
     A BPE token is a run of the text, unless it is the unknown token. Spaces and other letters may be spelled differently.
     """
@@ -238,7 +238,7 @@ def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | N
         raise BadRow(Cause.EOS_IN_TEXT, str(error)) from error
 
 
-def _check_whole(pair: Encoded, preference: Preference, tokenizer: _Remembering, max_length: int) -> None:
+def _check_whole(pair: Encoded, preference: Preference, tokenizer: _CachingTokenizer, max_length: int) -> None:
     """Raises `BadRow` if a completion of the pair was cut, or its own SFT target would be."""
     cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)
     if (target := preference.sft_target) is not None and not tokenizer.may_hold_eos(target):
@@ -247,7 +247,7 @@ def _check_whole(pair: Encoded, preference: Preference, tokenizer: _Remembering,
         raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
 
 
-def _check_target(preference: Preference, tokenizer: _Remembering) -> None:
+def _check_target(preference: Preference, tokenizer: _CachingTokenizer) -> None:
     """Raises `BadRow` if the preference has its own SFT target and that is blank or contains EOS."""
     target = preference.sft_target
     if target is None:

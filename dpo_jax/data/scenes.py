@@ -1,8 +1,8 @@
-"""Synthetic scenes of coloured shapes with captions, in which every hallucinated object can be counted.
+"""Synthetic scenes of colored shapes with captions, in which every hallucinated object can be counted.
 
     a red circle, a blue square and a green cross.
 
-A scene holds two or three objects of 16 kinds (four colours, four shapes) on a noisy grey ground, `SIZE` x `SIZE` RGB pixels.
+A scene holds two or three objects of 16 kinds (four colors, four shapes) on a noisy gray ground, `SIZE` x `SIZE` RGB pixels.
 Some kinds often occur together (`companion`). A language model learns to expect the companion, which is a source of
 hallucinations in vision-language models (Rohrbach et al. 2018; their measure CHAIR is `Count.hallucinated` over
 `Count.mentioned`).
@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-COLOURS = {
+COLORS = {
     "red": (0.9, 0.15, 0.15),
     "green": (0.15, 0.75, 0.2),
     "blue": (0.2, 0.3, 0.95),
@@ -34,16 +34,16 @@ _TOGETHER = 0.35  # probability that the next object is the companion of the pre
 
 
 class Thing(NamedTuple):
-    """A kind of object: colour and shape."""
+    """A kind of object: color and shape."""
 
-    colour: str
+    color: str
     shape: str
 
 
-THINGS = tuple(itertools.starmap(Thing, itertools.product(COLOURS, SHAPES)))
+THINGS = tuple(itertools.starmap(Thing, itertools.product(COLORS, SHAPES)))
 END = "<end>"
 MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
-WORDS = (END, "a", ",", "and", ".", *COLOURS, *SHAPES, *MARKS)
+WORDS = (END, "a", ",", "and", ".", *COLORS, *SHAPES, *MARKS)
 """The vocabulary, by token id. A caption ends with END, which is not part of its text; MARKS form the prompt (`prompt_ids`)."""
 
 
@@ -70,9 +70,9 @@ def scenes(n: int, seed: int, *, split: Literal["train", "pairs", "test"] = "tra
 
 
 def companion(thing: Thing) -> Thing:
-    """The kind that often occurs with `thing`: the next colour and the next shape."""
-    colours = tuple(COLOURS)
-    after = colours[(colours.index(thing.colour) + 1) % len(colours)]
+    """The kind that often occurs with `thing`: the next color and the next shape."""
+    colors = tuple(COLORS)
+    after = colors[(colors.index(thing.color) + 1) % len(colors)]
     return Thing(after, SHAPES[(SHAPES.index(thing.shape) + 1) % len(SHAPES)])
 
 
@@ -96,7 +96,7 @@ def render(things: Sequence[Thing], rng: np.random.Generator) -> np.ndarray:
     for thing, cell in zip(things, rng.permutation(CELLS * CELLS), strict=False):
         corner = np.array(divmod(int(cell), CELLS)) * CELL + rng.integers(0, CELL - DIAMETER + 1, 2)
         top, left = corner.tolist()
-        image[top : top + DIAMETER, left : left + DIAMETER][_mask(thing.shape)] = COLOURS[thing.colour]
+        image[top : top + DIAMETER, left : left + DIAMETER][_mask(thing.shape)] = COLORS[thing.color]
     return np.clip(image + rng.normal(0, NOISE, image.shape), 0, 1).astype(np.float32)
 
 
@@ -119,7 +119,7 @@ def _mask(shape: str) -> np.ndarray:
 
 def caption(things: Iterable[Thing]) -> str:
     """The sentence that names `things` (at least one) in order."""
-    *before, last = (f"a {thing.colour} {thing.shape}" for thing in things)
+    *before, last = (f"a {thing.color} {thing.shape}" for thing in things)
     return f"{' and '.join(filter(None, [', '.join(before), last]))}."
 
 
@@ -152,10 +152,10 @@ def spoilt(named: Sequence[Thing], things: Sequence[Thing], rng: np.random.Gener
 
 
 def mentioned(text: str) -> tuple[Thing, ...]:
-    """The distinct kinds that a text names: a colour followed by a shape. Anything else is ignored."""
+    """The distinct kinds that a text names: a color followed by a shape. Anything else is ignored."""
     words = re.findall(r"\w+", text)
     pairs = (Thing(*pair) for pair in itertools.pairwise(words))
-    return tuple(dict.fromkeys(thing for thing in pairs if thing.colour in COLOURS and thing.shape in SHAPES))
+    return tuple(dict.fromkeys(thing for thing in pairs if thing.color in COLORS and thing.shape in SHAPES))
 
 
 def count(text: str, things: Sequence[Thing]) -> Count:

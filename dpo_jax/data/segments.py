@@ -68,7 +68,7 @@ def shared_unit(pair: Encoded) -> Unit:
     x = np.arange(c + p + r)
     is_chosen = x < c
     last_of_prompt = c + p - 1
-    chosen_source = np.concatenate([[last_of_prompt], c - np.arange(1, c)])  # c_j is at c-1-j: its right neighbour is c_{j-1}
+    chosen_source = np.concatenate([[last_of_prompt], c - np.arange(1, c)])  # c_j is at c-1-j: its right neighbor is c_{j-1}
     rejected_source = last_of_prompt + np.arange(r)
     of_chosen, of_rejected = (_places(*side) for side in pair.sides)
     return Unit(

@@ -74,7 +74,7 @@ def load_preferences(
       rows: the kind to read: "pairs" (also from rankings), "unpaired" (also from pairs), "rankings", "any", or "prompts".
       ranking_length: number of best completions kept of each ranking; None: all must have the same number.
 
-    Raises `DataError` for bad rows, for a damaged, missing or mislabelled file, and if nothing is left; ValueError for an
+    Raises `DataError` for bad rows, for a damaged, missing or mislabeled file, and if nothing is left; ValueError for an
     unknown format, or columns that no format reads.
 
     >>> file = Path("pairs.jsonl")

@@ -1,4 +1,4 @@
-"""TensorFlow Datasets without TensorFlow: writer and reader of preferences, reader of labelled texts and articles.
+"""TensorFlow Datasets without TensorFlow: writer and reader of preferences, reader of labeled texts and articles.
 
 The file format is always array_record: tfds also offers parquet without TensorFlow, but silently loses rows there.
 """
@@ -157,7 +157,7 @@ def read_tfds(data_dir: str | Path, split: str, *, on_bad: OnBad = "refuse") -> 
 
 
 def read_texts(data_dir: str | Path, split: str) -> list[Snippet]:
-    """Labelled texts, such as those of TFDS's imdb_reviews: any data set with the features "text" and "label" (0 or 1).
+    """Labeled texts, such as those of TFDS's imdb_reviews: any data set with the features "text" and "label" (0 or 1).
 
     `data_dir`: the folder of the data set, or one above it; it must be in array_record. Raises `DataError` as `read_tfds` does.
     """

@@ -7,7 +7,7 @@ import os
 import re
 from typing import Any, NoReturn
 
-from dpo_jax.data.messages import Message, Template, call_names, is_learnt
+from dpo_jax.data.messages import Message, Template, call_names, is_learned
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.special_tokens import special_tokens
 
@@ -25,7 +25,7 @@ def assistant_spans(
     spans = []
     for index in range(context, len(side)):
         turn, before = side[index], prompt + side[:index]
-        if turn["role"] != "assistant" or not is_learnt(turn):
+        if turn["role"] != "assistant" or not is_learned(turn):
             continue
         begin = start if index == 0 else _begin(template, before, whole, field)
         if index == len(side) - 1:

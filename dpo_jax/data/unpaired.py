@@ -1,4 +1,4 @@
-"""Mismatched completions for single labelled completions, from which KTO estimates a KL divergence."""
+"""Mismatched completions for single labeled completions, from which KTO estimates a KL divergence."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Data are N(mean, std^2), rewards `r(x) = linear * x + curved * x^2 / 2`, and a policy is the exact denoiser of another Gaussian.
 DPO aims at the tilted optimum, proportional to `N(x; mean, std^2) exp(r(x) / beta)`, which is Gaussian as well. Diffusion-DPO
-minimises a bound (`bound_loss`), whose minimum (`bound_optimum`) is a different policy.
+minimizes a bound (`bound_loss`), whose minimum (`bound_optimum`) is a different policy.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def bound_optimum(
     nodes: int = 24,
     iterations: int = 60,
 ) -> Normal:
-    """The policy that minimises `bound_loss`, by damped Newton steps in float64."""
+    """The policy that minimizes `bound_loss`, by damped Newton steps in float64."""
     with jax.enable_x64(True):
         options = {"beta": beta, "schedule": schedule, "weighting": weighting, "draws": draws, "nodes": nodes}
         value = jax.jit(functools.partial(bound_loss, data=data, reward=reward, **options))

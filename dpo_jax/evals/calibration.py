@@ -174,10 +174,10 @@ def overconfidence_interval(gaps: np.ndarray, belief: np.ndarray, groups: np.nda
     sure = float(belief.mean())
     times = np.append(np.ones(len(gaps)), [PRIOR, PRIOR])
     over = np.append(-gaps, [sure - 1, sure])
-    centre = float(np.average(over, weights=times))
-    together = np.bincount(_groups(len(gaps), groups), over[:-2] - centre)  # sums of each group
-    error = 1.959964 * math.sqrt((together**2).sum() + PRIOR * ((over[-2:] - centre) ** 2).sum()) / times.sum()
-    return centre - error, centre + error
+    center = float(np.average(over, weights=times))
+    together = np.bincount(_groups(len(gaps), groups), over[:-2] - center)  # sums of each group
+    error = 1.959964 * math.sqrt((together**2).sum() + PRIOR * ((over[-2:] - center) ** 2).sum()) / times.sum()
+    return center - error, center + error
 
 
 def _starts(count: int, bins: int) -> np.ndarray:

@@ -3,7 +3,7 @@
 By eq. 4 of the paper the best policy is pi*(y|x) = pi_ref(y|x) exp(r(x, y) / beta) / Z(x). Samples of the reference, weighted
 by exp(r / beta), therefore give the reward and the KL of pi*, for every beta and without training anything:
 
-    reward(beta) = E_w[r]        KL(beta) = E_w[r] / beta - log Z        w = exp(r / beta), normalised over a prompt's samples
+    reward(beta) = E_w[r]        KL(beta) = E_w[r] / beta - log Z        w = exp(r / beta), normalized over a prompt's samples
 
 No policy of the same KL has a higher reward (eq. 3). Rewards are in their own unit, KL in nats per completion; means are over
 prompts.
@@ -25,7 +25,7 @@ from dpo_jax.head import CHUNK, at_least_float32
 from dpo_jax.types import Array, Model, Rows, Variables
 
 TRUSTED_SAMPLES = 30
-"""Least effective sample size: the self-normalised mean is biased by about one over it, so by more than 3 % below this."""
+"""Least effective sample size: the self-normalized mean is biased by about one over it, so by more than 3 % below this."""
 RESAMPLES = 1000
 TINY = float(np.finfo(np.float64).tiny)
 
@@ -128,7 +128,7 @@ class Optimum:
 
 
 class Beside(NamedTuple):
-    """Another reward of the policies on the optimal frontier of the first: the effect of maximising the first on this one."""
+    """Another reward of the policies on the optimal frontier of the first: the effect of maximizing the first on this one."""
 
     reward: np.ndarray  # float64[B]
     band: np.ndarray  # [2, B], 95 %, over prompts
@@ -144,7 +144,7 @@ def optimum(
     beside: Array | None = None,
     resamples: int = RESAMPLES,
 ) -> Optimum:
-    """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, with self-normalised weights.
+    """The curve of pi* (eq. 4) from `rewards[P, M]` of M completions of each of P prompts, with self-normalized weights.
 
     By default the completions are the reference's own, which reach about log M nats. To go further, draw them from any
     distribution q that covers the reference, such as a mixture of it with trained policies, and pass `log_ratios[P, M]` = log

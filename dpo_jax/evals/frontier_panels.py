@@ -57,7 +57,7 @@ def plot_lengths(
 def plot_learned(spots: Mapping[str, Sequence[Spot]], path: str | os.PathLike[str]) -> Path:
     """Plots to one PNG the gain in true reward (y) against the gain in a learned reward (x), both over the reference.
 
-    On the dashed diagonal the learned reward is right; below it the learned reward is too optimistic.
+    On the dashed diagonal the learned reward is right; below it the learned reward is too optimiztic.
     """
     figure = Figure(figsize=(6.0, 4.6), layout="constrained")
     axes = figure.add_subplot()

@@ -14,7 +14,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.transforms import Bbox
 
 from dpo_jax.evals.frontier import Optimum, Point
-from dpo_jax.evals.overoptimisation import Measured, RunName
+from dpo_jax.evals.overoptimization import Measured, RunName
 from dpo_jax.plotting.drawing import End, figure_text, label_ends, save
 from dpo_jax.plotting.palette import STYLES, Style, style_of
 
@@ -36,7 +36,7 @@ def plot_frontier(
 
     Several points of one method, setting and seed are one run over time, drawn small and faint. The last point of a setting
     (with several seeds, their mean) is drawn in full. A line joins the last points of a method's settings, ordered by KL.
-    Points beyond `max_kl` nats (default: no limit) are placed at the edge and labelled with their KL. The KL axis is scaled by
+    Points beyond `max_kl` nats (default: no limit) are placed at the edge and labeled with their KL. The KL axis is scaled by
     its square root, which makes the optimum a straight line near the reference. `reward` and `curve` name the rewards and the
     curve of `optimum`.
     """
@@ -69,7 +69,7 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
     """Plots to one PNG true reward against KL over the training of each run, with a panel for each method.
 
     A run starts at its thin end, with its best point marked (filled) and its last (hollow): reward that falls to the right is
-    over-optimisation. KL axes are scaled by the square root, as in `plot_frontier`.
+    over-optimization. KL axes are scaled by the square root, as in `plot_frontier`.
     """
     methods = list(dict.fromkeys(method for method, _, _ in runs))
     columns = min(3, len(methods))
@@ -107,7 +107,7 @@ def plot_trajectories(runs: Mapping[RunName, Sequence[Measured]], path: str | os
 
 
 def _draw_optimum(axes: Axes, optimum: Optimum, max_kl: float) -> tuple[float, float]:
-    """Draws the curve from the reference on, dashed grey where it rests on too few samples. Returns the place of its label."""
+    """Draws the curve from the reference on, dashed gray where it rests on too few samples. Returns the place of its label."""
     kl, reward, trusted = optimum.kl, optimum.reward, optimum.trusted
     low, high = optimum.band
     if kl[0] > 0:

@@ -70,9 +70,9 @@ def effective_number(scores: Array, sizes: Array | None = None) -> float:
     scores, sizes = np.append(scores, [1.0, 0.0]), np.append(sizes, [sizes.mean()] * 2)
     times = np.append(np.ones(len(scores) - 2), [PRIOR, PRIOR])
     weights = sizes / (times @ sizes)
-    centre = (times * weights) @ scores
-    variance = times @ (weights * (scores - centre)) ** 2
-    return float(centre * (1 - centre) / variance * (len(scores) - 2) / times.sum())
+    center = (times * weights) @ scores
+    variance = times @ (weights * (scores - center)) ** 2
+    return float(center * (1 - center) / variance * (len(scores) - 2) / times.sum())
 
 
 def paired_difference(one: Sequence[object] | Array, other: Sequence[object] | Array) -> tuple[float, Interval]:

@@ -66,7 +66,7 @@ def preference_summary(
     """Loss, accuracy with its 95 % interval, margin and displacement, over `[P, 2]` log-probabilities of held-out pairs.
 
     `lengths` float[P, 2] are the numbers of scored tokens, for a loss that takes them. For rankings, [P, K], the best and the
-    worst completion count. With the labels `desirable` float[P] it summarises single completions (`losses.unpaired_metrics`).
+    worst completion count. With the labels `desirable` float[P] it summarizes single completions (`losses.unpaired_metrics`).
 
     `prompts[P]` identify the prompts. Pairs of one prompt may share completions and are not independent, so the interval counts
     a prompt once, with the mean of its pairs.

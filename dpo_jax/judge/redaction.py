@@ -35,7 +35,7 @@ class Redactor:
         if secret is None or len(secret) < LEAST:
             return
         for form in map(_lower, _forms(secret)):
-            if len(form) < len(secret):  # for a short secret, base64 has only a letter or two that do not depend on neighbours
+            if len(form) < len(secret):  # for a short secret, base64 has only a letter or two that do not depend on neighbors
                 continue
             size = min(PIECE, len(form))
             self._pieces.setdefault(size, set()).update(form[i : i + size] for i in range(len(form) - size + 1))

@@ -17,7 +17,7 @@ from dpo_jax.judge.questions import Outcome, Pair
 Z = 1.959964  # of a 95 % interval
 EQUAL_LENGTH = 0.1  # lengths that differ by at most this share of the longer one count as equal
 EDGE = 0.05  # if the policy's text is longer, or shorter, in fewer pairs than this share, equal length is outside the data
-RIDGE = 0.1  # on the standardised slope: keeps it finite where length separates wins from losses. 0.5 would flatten steep ones
+RIDGE = 0.1  # on the standardized slope: keeps it finite where length separates wins from losses. 0.5 would flatten steep ones
 OUTCOMES: tuple[Outcome, ...] = ("won", "lost", "flipped", "failed", "unanswered")
 
 
@@ -63,9 +63,9 @@ def length_controlled(values: np.ndarray, log_ratios: np.ndarray) -> tuple[np.nd
     values = np.concatenate([values, np.broadcast_to([1.0, 0.0], (*values.shape[:-1], 2))], axis=-1)
     x = np.pad(x, [*ends, (0, 2), (0, 0)])
     x[..., n:, 0] = 1.0
-    centre, error = _logistic(values, x, np.append(np.ones(n), [0.5, 0.5]))
+    center, error = _logistic(values, x, np.append(np.ones(n), [0.5, 0.5]))
     error = error * math.sqrt((n + 1) / max(1, n - 2)) + 0.0 * middle  # NaN where that is
-    return _sigmoid(middle), _sigmoid(centre - Z * error), _sigmoid(centre + Z * error)
+    return _sigmoid(middle), _sigmoid(center - Z * error), _sigmoid(center + Z * error)
 
 
 def _logistic(values: np.ndarray, x: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -83,12 +83,12 @@ def optimum(tree: Tree, reference: np.ndarray, beta: float) -> np.ndarray:
 
 
 def myopic(tree: Tree, reference: np.ndarray, beta: float) -> np.ndarray:
-    """float64[E]: the myopic policy, which maximises only the reward of the current turn."""
+    """float64[E]: the myopic policy, which maximizes only the reward of the current turn."""
     return _tilt(tree, reference, tree.expected(tree.reward), beta)[0]
 
 
 def _tilt(tree: Tree, reference: np.ndarray, q: np.ndarray, beta: float) -> tuple[np.ndarray, np.ndarray]:
-    """reference * exp(q / beta), normalised at each node, and beta times the log of the normaliser."""
+    """reference * exp(q / beta), normalized at each node, and beta times the log of the normalizer."""
     top = np.maximum.reduceat(q, tree.starts)
     weight = reference * np.exp((q - top[tree.node]) / beta)
     total = np.add.reduceat(weight, tree.starts)
@@ -133,7 +133,7 @@ def tilted(tree: Tree, reference: np.ndarray, beta: float) -> Measured:
 
 def dpo_limit(tree: Tree, reference: np.ndarray, beta: float, *, iterations: int = 400) -> np.ndarray:
     """float64[E]: the policy of least expected DPO loss, over pairs of conversations between the reference and this user,
-    labelled with P(first chosen) = sigmoid(R_first - R_second). The policy is a table with one logit per edge, not a network.
+    labeled with P(first chosen) = sigmoid(R_first - R_second). The policy is a table with one logit per edge, not a network.
     """
     from scipy.optimize import minimize  # JAX brings it
 

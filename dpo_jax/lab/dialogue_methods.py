@@ -32,7 +32,7 @@ class Sampling(NamedTuple):
     pairs: PairsHow  # of these
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     groups: list[PairGroup]
     pairs: list[tuple[Conversation, Conversation]]  # chosen and rejected
 
@@ -43,14 +43,14 @@ def converse(world: DialogueWorld, variables: Variables, how: Sampling, *, seed:
     return world.sample(variables, *users, jax.random.fold_in(jax.random.key(seed + 1), number))
 
 
-def label_conversations(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> Labelled:
-    """Pairs of conversations with the same start, labelled by their rewards. Only the policy's tokens are scored."""
+def label_conversations(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> Labeled:
+    """Pairs of conversations with the same start, labeled by their rewards. Only the policy's tokens are scored."""
     found = _choose([(one.prompt, one.ids, one.scored, one.reward) for one in conversations], how, seed=seed, name=name)
-    return Labelled(found.groups, [(conversations[a], conversations[b]) for a, b in found.pairs])
+    return Labeled(found.groups, [(conversations[a], conversations[b]) for a, b in found.pairs])
 
 
 def label_turns(conversations: Sequence[Conversation], how: Sampling, *, seed: int, name: str) -> list[PairGroup]:
-    """Pairs of single turns with the same history, labelled by the turn's own reward, whatever follows from it."""
+    """Pairs of single turns with the same history, labeled by the turn's own reward, whatever follows from it."""
     turns: dict[tuple[int, bytes], list[Any]] = {}
     for one in conversations:
         # The policy's turns are the runs of scored tokens.
@@ -135,8 +135,8 @@ def train_online(
         for number in range(rounds):
             policy = policy_of(state)
             drawn = converse(world, policy, how, seed=seed, number=number)
-            labelled = label_conversations(drawn, how, seed=1000 * seed + number, name=f"round {number}")
-            so_far.append(in_layout(world, method.data, labelled.groups))
+            labeled = label_conversations(drawn, how, seed=1000 * seed + number, name=f"round {number}")
+            so_far.append(in_layout(world, method.data, labeled.groups))
             begin, end = (steps * n // rounds for n in (number, number + 1))
             batches = train_batches(
                 list(itertools.chain.from_iterable(data.groups for data in so_far)),

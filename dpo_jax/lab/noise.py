@@ -6,7 +6,7 @@ When a share e of the labels is flipped, that probability becomes
     p_e(r) = (1 - e) sigmoid(r) + e sigmoid(-r) = (1 - 2 e) sigmoid(r) + e.
 
 A loss depends on the pair through m = beta (u_1 - u_2), where u = log(pi / pi_ref). Let l(m) = -log sigmoid(m), and a the flip
-rate that a method assumes. The expected loss of the pair, and its minimiser m, which is the policy's implied difference of
+rate that a method assumes. The expected loss of the pair, and its minimizer m, which is the policy's implied difference of
 rewards:
 
     DPO            p_e l(m) + (1 - p_e) l(-m), whose slope in m is sigmoid(m) - p_e.         m = logit p_e(r)
@@ -21,7 +21,7 @@ factor, as if beta were beta / (1 - 2 e): its policies at equal KL are the same 
 expected loss. In a sample, flips also add variance, most for robust DPO, by about 1 / (1 - 2 e).
 
 With more than two completions the differences m come from one score per completion, s = beta u. logit p_e is not such a
-difference, so `implied_scores` minimises the mean over all pairs. The policy is then pi_ref exp(s / beta) / Z, as in eq. 4.
+difference, so `implied_scores` minimizes the mean over all pairs. The policy is then pi_ref exp(s / beta) / Z, as in eq. 4.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def implied_margin(method: str, r: Array | float, *, rate: float, assumed: float
     """beta (u_1 - u_2) of the policy of least expected loss, for two completions whose true rewards differ by `r`: float64.
 
     `rate` is the share of flipped labels, `assumed` the rate that conservative and robust DPO assume (default: the true one).
-    Raises ValueError for another method, and where robust DPO has no minimiser because it assumes more flips than there can be.
+    Raises ValueError for another method, and where robust DPO has no minimizer because it assumes more flips than there can be.
 
     >>> [float(implied_margin(method, 4.0, rate=0.2).round(2)) for method in METHODS]
     [1.32, 0.72, 4.0, 0.29]
@@ -111,7 +111,7 @@ def net_rate(method: str, *, rate: float, assumed: float | None = None) -> float
 def implied_scores(method: str, rewards: Array, *, rate: float, assumed: float | None = None) -> np.ndarray:
     """beta u of the policy of least expected loss over all pairs of completions with these true `rewards[M]`: float64[M].
 
-    Pairs of equal rewards are left out. Scores are centred to mean 0: a constant does not change the policy.
+    Pairs of equal rewards are left out. Scores are centered to mean 0: a constant does not change the policy.
 
     >>> implied_scores("robust", [0.0, 1.0, 5.0], rate=0.3).round(6)
     array([-2., -1.,  3.])

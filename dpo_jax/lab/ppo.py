@@ -30,7 +30,7 @@ from dpo_jax.ppo import (
     completion_ids,
     minibatches,
     next_kl_coef,
-    normalised,
+    normalized,
     observe,
     ppo_step,
     prompt_batch,
@@ -192,7 +192,7 @@ class PpoMethod:
     ) -> tuple[Points, Variables]:
         """`evaluations` equally spaced points of a run from the reference, and the final policy's variables on the host.
 
-        `target_kl` is in nats a completion. `kl_coef` is the initial coefficient; rewards are normalised, so its unit is their
+        `target_kl` is in nats a completion. `kl_coef` is the initial coefficient; rewards are normalized, so its unit is their
         standard deviation per nat. Also writes `metrics.jsonl` to `folder`, with a row for each rollout. `say` gets a line for
         each point; `measure` (default: `World.measure`) measures a policy. Raises `NonFinite` for a non-finite loss.
 
@@ -253,7 +253,7 @@ class PpoMethod:
         ]
         scores = hosts.from_first(np.asarray(reward(texts, completions)))  # other hosts may round differently
         stats = observe(ScoreStats(*map(float, state.stats)), scores)
-        normal = normalised(stats, scores).astype(np.float32)
+        normal = normalized(stats, scores).astype(np.float32)
         rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))
         rng, size = copy.deepcopy(draw.orders), o.batch // o.minibatches
         trained, metrics = state.train, {}

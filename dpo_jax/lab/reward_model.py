@@ -28,7 +28,7 @@ from dpo_jax.models.families import decoder_config, family_of
 from dpo_jax.models.hf import cast, save_hf, variable_shapes
 from dpo_jax.models.scorer import scorer_settings, without_earlier_head
 from dpo_jax.models.tensors import SCORE
-from dpo_jax.reward_model import HEAD, centred, completion_rewards, reward_step, scalar_head, with_scalar_head
+from dpo_jax.reward_model import HEAD, centered, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
@@ -120,9 +120,9 @@ def fit_reward_model(
     """
     partitioner = judge.partitioner
     groups = group_pairs(pairs)
-    learnt = [group for number, group in enumerate(groups) if number % HELD_OUT]
+    training = [group for number, group in enumerate(groups) if number % HELD_OUT]
     held_out = [pairs[member] for group in groups[::HELD_OUT] for member in group.members]
-    if not learnt:
+    if not training:
         raise DataError("a reward model needs pairs from at least two prompts; one is held out", causes=[Cause.NO_ROWS])
     several, layout = plain_layout(groups, len(pairs), batch=batch, partitioner=partitioner, microbatches=microbatches)
 
@@ -131,14 +131,14 @@ def fit_reward_model(
 
     head = scalar_head(judge.model.config.width)
     placed = partitioner.put_variables({**partitioner.to_host(start), HEAD: jax.device_get(head)})
-    steps = total_steps(len(learnt), batch=several, epochs=epochs)
+    steps = total_steps(len(training), batch=several, epochs=epochs)
     tx, best = make_tx(steps=steps), EarlyStopping("loss", patience=None)
     step = functools.partial(reward_step, model=judge.model, tx=tx, microbatches=microbatches, axis_name=partitioner.axis_name)
     own = {"batch": batch, "passes": epochs, "evaluations": evaluations, "seed": seed, "data": data_digest(pairs)}
     state = train(
         partitioner.compile_step(step),
         partitioner.init_state(functools.partial(make_state, tx=tx), placed),
-        train_batches(learnt, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
+        train_batches(training, layout=layout, batch=several, seed=seed, epochs=epochs, part=partitioner.host_part),
         folder=folder,
         total_steps=steps,
         fingerprint={**fingerprint, **own},
@@ -152,7 +152,7 @@ def fit_reward_model(
     variables, figures = partitioner.to_host(state.variables), evaluate(state, steps)
     rewards = judge.of_pairs(state.variables, pairs, batch=batch)
     counts = {"step": float(best.best or steps), "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
-    return centred(variables, rewards), {**figures, **counts}
+    return centered(variables, rewards), {**figures, **counts}
 
 
 def learn_reward(

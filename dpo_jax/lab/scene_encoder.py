@@ -46,8 +46,8 @@ def encoder_config(width: int) -> VisionConfig:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Labelled images: pixels float32[E, SIZE, SIZE, 3]; present float32[E, kinds], 1 if shown; weight float32[E]."""
+class Labeled:
+    """Labeled images: pixels float32[E, SIZE, SIZE, 3]; present float32[E, kinds], 1 if shown; weight float32[E]."""
 
     pixels: Array
     present: Array
@@ -87,18 +87,18 @@ def train_encoder(
         texts = jax.random.normal(second, (config.width, len(THINGS))) / config.width**0.5
         return {"params": {"encoder": init_encoder(first, config)["params"], "texts": texts}}
 
-    def objective(variables: Variables, part: Labelled) -> tuple[jax.Array, Metrics]:
+    def objective(variables: Variables, part: Labeled) -> tuple[jax.Array, Metrics]:
         logits, present = presence_logits(variables, part.pixels, config=config), jnp.asarray(part.present)
         right = ((logits > 0) == (present > 0)).all(axis=1)
         losses = -jax.nn.log_sigmoid(jnp.where(present > 0, logits, -logits)).sum(axis=1)
         return losses, {"right": right.astype(jnp.float32)}
 
-    def step(state: TrainState, part: Labelled) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, part: Labeled) -> tuple[TrainState, Metrics]:
         return train_step(state, part, objective=objective, tx=tx)
 
-    def stream(number: int) -> Labelled:
+    def stream(number: int) -> Labeled:
         index = batch_indices(len(scenes), batch=batch, seed=seed, step=number)
-        return Labelled(pixels[index], present[index], np.ones(batch, np.float32))
+        return Labeled(pixels[index], present[index], np.ones(batch, np.float32))
 
     with reported("training the encoder", total=steps, unit="steps") as task:
         state = train(

@@ -255,7 +255,7 @@ def point_of(captions: Sequence[str], scenes: Sequence[data.Scene], *, seed: int
 
 
 def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Values [n] whose mean is sum(part) / sum(whole), and whose variance is that of the ratio (linearised)."""
+    """Values [n] whose mean is sum(part) / sum(whole), and whose variance is that of the ratio (linearized)."""
     if not whole.any():
         return np.zeros(len(whole))
     share = part.sum() / whole.sum()

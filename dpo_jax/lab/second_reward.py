@@ -1,4 +1,4 @@
-"""Over-optimisation check: gains in the optimised reward compared with gains in a second reward that no policy trains on."""
+"""Over-optimization check: gains in the optimized reward compared with gains in a second reward that no policy trains on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _turned(settings: Mapping[str, Mapping[str, Mapping[str, float]]], label: st
     return best if there[""] - here[SECOND][""] > apart else ""
 
 
-def over_optimised(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+def over_optimized(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
     """Methods whose second reward falls while the first rises, and methods that show no gain in the second."""
     falls = [row["method"] for row in rows if row["reading"] == FALLS or row["turned"]]
     return falls, [row["method"] for row in rows if row["reading"] == ONE and not row["turned"]]
@@ -104,14 +104,14 @@ def words(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
     """Interpretation of the two rewards in a few sentences."""
     said = [
         f"No policy was trained on {name}.",
-        "What a policy gains in the trained-on reward but not in the second is over-optimisation of the scorer.",
+        "What a policy gains in the trained-on reward but not in the second is over-optimization of the scorer.",
     ]
-    falls, unseen = over_optimised(rows)
+    falls, unseen = over_optimized(rows)
     if falls:
         said.append(f"It shows here for {', '.join(falls)}: the second reward falls while the first rises.")
     if unseen:
         no_gain = f"For {', '.join(unseen)} no gain in {name} is seen beyond scatter"
-        said.append(f"{no_gain}: over-optimisation, or too few prompts to tell.")
+        said.append(f"{no_gain}: over-optimization, or too few prompts to tell.")
     if not falls and not unseen:
         rose = any(row["reading"] == BOTH for row in rows)
         said.append(

@@ -121,7 +121,7 @@ def _at_a_time(one: Callable[[Run], Result], runs: Sequence[Run], jobs: int) -> 
         return
     ahead = iter(runs)
     with ThreadPoolExecutor(jobs) as pool:
-        # Only as many runs are submitted as are performed, so none that has not started needs cancelling.
+        # Only as many runs are submitted as are performed, so none that has not started needs canceling.
         going = {pool.submit(one, run) for run in itertools.islice(ahead, jobs)}
         while going:
             ended, going = wait(going, return_when=FIRST_COMPLETED)

@@ -25,7 +25,7 @@ Points = list[dict[str, float]]
 
 
 SECOND, LEARNED = "second_reward", "learned_reward"
-"""Names in a point: the reward that no policy trains on, and the reward learned from the labelled pairs."""
+"""Names in a point: the reward that no policy trains on, and the reward learned from the labeled pairs."""
 
 
 class Trainable(Protocol):

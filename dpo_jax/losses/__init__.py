@@ -6,9 +6,9 @@ completions, each with a mismatched one. All return `(losses[P], rewards[P, K])`
 Rafailov et al. 2023 (arXiv 2305.18290), eq. 5, up to the prompt's partition function, and carry no gradient. `beta`, `alpha`
 and `label_smoothing` are one number, or float[P] with one for each example.
 
-A loss that needs more names it as a keyword argument: `lengths` float[P, 2], `mean_lengths` float[P, 2] (over the whole
-batch), `weight` float[P] (0 marks fillers), `desirable` float[P] (labels from the data). `dpo_step` supplies these. A loss with
-the keyword `weight` looks across the batch, and splitting that batch costs one more forward pass.
+A loss that needs more names it as a keyword argument: `lengths` float[P, 2], `mean_lengths` float[P, 2] (over the whole batch),
+`weight` float[P] (0 marks padding examples), `desirable` float[P] (labels from the data). `dpo_step` supplies these. A loss
+with the keyword `weight` looks across the batch, and splitting that batch costs one more forward pass.
 """
 
 from dpo_jax.losses.combine import SIGNALS as SIGNALS

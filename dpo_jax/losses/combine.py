@@ -23,9 +23,9 @@ extra columns of the batch (`Rows.extras`)."""
 SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
 """Inputs that `dpo_step` supplies from the batch to a loss with a keyword of that name:
 
-    lengths        float32[P, K]  scored tokens of each completion; 0 in fillers
+    lengths        float32[P, K]  scored tokens of each completion; 0 in padding examples
     mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
-    weight         float32[P]     1, and 0 for fillers
+    weight         float32[P]     1, and 0 for padding examples
     aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
     desirable      float32[P]     1 or 0: the label of a single completion, in `Rows.extras` (KTO)
 """

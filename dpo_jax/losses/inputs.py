@@ -78,7 +78,7 @@ def arrays_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def lengths_of(lengths: Array, logps: jax.Array) -> jax.Array:
-    """Lengths [P, K] as divisors: the 0 of fillers becomes 1."""
+    """Lengths [P, K] as divisors: the 0 of padding examples becomes 1."""
     if np.shape(lengths) != logps.shape:
         raise ValueError(f"lengths has shape {np.shape(lengths)} and logps {logps.shape}: they must be equal")
     return jnp.maximum(jnp.asarray(lengths, logps.dtype), 1)

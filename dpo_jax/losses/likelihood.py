@@ -131,6 +131,6 @@ def orpo_loss(logps: Array, ref_logps: Array, *, lengths: Array, mean_lengths: A
 
 
 def _log_odds(log_p: jax.Array) -> jax.Array:
-    """log(p / (1 - p)) for log p < 0. At log p = 0, which fillers have, p is taken as the largest number below 1."""
+    """log(p / (1 - p)) for log p < 0. At log p = 0, which padding examples have, p is taken as the largest number below 1."""
     log_p = jnp.minimum(log_p, -jnp.finfo(log_p.dtype).eps)
     return log_p - jnp.log(-jnp.expm1(log_p))

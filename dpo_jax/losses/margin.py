@@ -109,11 +109,11 @@ def length_normalized_loss(
     f_divergence: str = "reverse_kl",
     f_alpha: float = 0.5,
 ) -> Result:
-    """Length-normalised DPO: `-log sigmoid(beta * (u_w / |y_w| - u_l / |y_l|))` (Tulu 3, arXiv 2411.15124, eq. 6).
+    """Length-normalized DPO: `-log sigmoid(beta * (u_w / |y_w| - u_l / |y_l|))` (Tulu 3, arXiv 2411.15124, eq. 6).
 
     u is the log-ratio. TRL's `sigmoid_norm`. Means per token are small, so beta must be larger: Tulu 3 uses 5. `logps`,
     `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`. Rewards are
-    `beta * u`, not normalised.
+    `beta * u`, not normalized.
 
     >>> lengths = np.array([[4.0, 8.0]])
     >>> losses, _ = length_normalized_loss(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), lengths=lengths, beta=4.0)
@@ -130,7 +130,7 @@ def length_normalized_loss(
 def length_regularized_loss(
     logps: Array, ref_logps: Array, *, lengths: Array, beta: float | Array, length_penalty: float | Array = 0.01
 ) -> Result:
-    """Length-regularised DPO: `-log sigmoid(beta * margin + length_penalty * (|y_w| - |y_l|))` (Park et al. 2024, 2403.19159).
+    """Length-regularized DPO: `-log sigmoid(beta * margin + length_penalty * (|y_w| - |y_l|))` (Park et al. 2024, 2403.19159).
 
     DPO for the reward `r - length_penalty * |y|`: the policy need not learn the part of a preference that length explains.
     `logps`, `ref_logps` and `lengths` (scored tokens) are float[P, 2]; returns `(losses float[P], rewards float[P, 2])`.

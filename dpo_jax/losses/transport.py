@@ -1,4 +1,4 @@
-"""Alignment via optimal transport (AOT): losses that sort all pairs of a batch. They take `weight`, to leave fillers out."""
+"""Alignment via optimal transport (AOT): losses that sort all pairs of a batch, except padding examples (`weight` 0)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def aot_loss(
 
     The margins `log pi(y_w) - log pi(y_l)` of all pairs are sorted, for the policy and for the reference. The k-th smallest of
     each give one term `-log sigmoid(beta * difference)`. `logps` and `ref_logps` are float[P, 2], `weight` float[P] is 0 for
-    fillers. Returns `(losses float[P], rewards float[P, 2])`; a term has the index of the policy's pair. TRL's `aot`.
+    padding examples. Returns `(losses float[P], rewards float[P, 2])`; a term has the index of the policy's pair. TRL's `aot`.
 
     >>> losses, _ = aot_loss(np.array([[1.0, 0], [4, 0]]), np.array([[2.0, 0], [0, 0]]), weight=np.ones(2), beta=1.0)
     >>> print(f"{losses[0]:.4f} {losses[1]:.4f}")  # -log sigmoid(1 - 0), -log sigmoid(4 - 2)
@@ -53,7 +53,7 @@ def aot_unpaired_loss(
 def _quantile_loss(
     upper: jax.Array, lower: jax.Array, weight: Array, beta: float | Array, label_smoothing: float | Array
 ) -> jax.Array:
-    """Log loss of the k-th smallest of `upper` against that of `lower`, at the index of the former. Fillers sort last."""
+    """Log loss of the k-th smallest of `upper` against that of `lower`, at the index of the former. Padding sorts last."""
     real = jnp.asarray(weight) > 0
     places, others = (jnp.argsort(jnp.where(real, x, jnp.inf)) for x in jax.lax.stop_gradient((upper, lower)))
     opposite = jnp.zeros_like(lower).at[places].set(lower[others])

@@ -1,4 +1,4 @@
-"""Losses of single completions labelled desirable or undesirable (KTO), instead of pairs.
+"""Losses of single completions labeled desirable or undesirable (KTO), instead of pairs.
 
 An example has two columns: its completion, and a *mismatched* one, which answers another prompt (`data.unpaired`). From the
 mismatched ones, which carry no gradient, KTO estimates the KL between policy and reference.
@@ -30,8 +30,8 @@ def kto_loss(
 
     u = log pi / pi_ref of the completion, + for desirable ones and - for undesirable ones. z0 = max(0, mean of the mismatched
     log pi / pi_ref) over the batch, without gradient. `logps` and `ref_logps` are float[P, 2] in nats: the completion, and the
-    mismatched one. `desirable` float[P] is 1 or 0, `weight` float[P] is 0 for fillers. Returns `(losses float[P], rewards
-    float[P, 2])`. TRL's `kto`.
+    mismatched one. `desirable` float[P] is 1 or 0, `weight` float[P] is 0 for padding examples. Returns `(losses float[P],
+    rewards float[P, 2])`. TRL's `kto`.
 
     >>> logps, ref_logps = np.array([[-12.0, -9.0], [-15.0, -8.0]]), np.array([[-14.0, -9.0], [-13.0, -10.0]])
     >>> losses, _ = kto_loss(logps, ref_logps, desirable=np.array([1.0, 0]), weight=np.ones(2), beta=0.5)

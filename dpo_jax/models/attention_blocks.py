@@ -2,7 +2,7 @@
 
 A packed row of 1,024 tokens holds three or four pairs that do not see each other. Dense scores are 1,024 numbers per token and
 head, written and read some ten times, although a token sees only a tenth of them. Rows are therefore split into blocks of
-`BLOCK` tokens. The keys that a block of queries sees lie in neighbouring blocks (`types.Rows`: one interval per token). A loop
+`BLOCK` tokens. The keys that a block of queries sees lie in neighboring blocks (`types.Rows`: one interval per token). A loop
 visits these one after the other with a running softmax (Milakov and Gimelshein 2018), as FlashAttention does (Dao et al. 2022).
 The backward pass makes the same visits, recomputes the scores, and accumulates the gradients of queries, keys and values.
 

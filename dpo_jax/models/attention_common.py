@@ -35,7 +35,7 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
     """The ranges of `types.Rows` (int32[R, L] each) under each of `windows`, in positions; None is full attention.
 
     Two properties of `types.Rows` and `dpo_jax.data.layout` are assumed. Positions are below L, so that a window of L or more
-    hides nothing. Neighbours in the row are neighbours in the text, either forwards or backwards; they run backwards where a
+    hides nothing. Neighbors in the row are neighbors in the text, either forwards or backwards; they run backwards where a
     query sees keys on its right, and the next one only its own.
     """
     length = k_start.shape[1]
@@ -45,7 +45,7 @@ def key_spans(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Ke
     end = jnp.maximum(jnp.asarray(k_end), start + 1)
     if not any(windows):
         return KeySpans(start[None], end[None], None)
-    # Image tokens also see keys on their right, but then their right neighbour sees the same keys.
+    # Image tokens also see keys on their right, but then their right neighbor sees the same keys.
     own = jnp.concatenate([start[:, 1:], jnp.full_like(start[:, :1], length)], axis=1) > x
     chosen = (end > x + 1) & (start == x) & own
     prompt_end = jax.lax.cummax(jnp.where(chosen, end, 0), axis=1)  # of the last chosen completion so far

@@ -44,7 +44,7 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> Pre
 
 def _spans(start: jax.Array, end: jax.Array, *, keys: int) -> Spans:
     rows, length = start.shape
-    # A padding query of the last tile copies its neighbour's interval, so it needs no further blocks.
+    # A padding query of the last tile copies its neighbor's interval, so it needs no further blocks.
     start, end = (jnp.pad(x, ((0, 0), (0, -length % LONGEST)), mode="edge") for x in (start, end))
     key_first = start.reshape(rows, -1, BLOCK).min(axis=2) // BLOCK
     key_last = -(-end.reshape(rows, -1, BLOCK).max(axis=2) // BLOCK)

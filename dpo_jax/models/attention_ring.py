@@ -62,7 +62,7 @@ def _prepare(k_start: Array, k_end: Array, windows: Sequence[int | None]) -> tup
 def _window_spans(k_start: jax.Array, k_end: jax.Array, window: int | None) -> list[Span]:
     """The keys within `window` positions of each query, which sees `k_start` to `k_end`: int32[R, L] each.
 
-    Assumes the same as `attention_common.key_spans`: positions are below L, and neighbours in the row are neighbours in the
+    Assumes the same as `attention_common.key_spans`: positions are below L, and neighbors in the row are neighbors in the
     text, forwards or, where a query sees keys on its right, backwards.
     """
     length = k_start.shape[1]

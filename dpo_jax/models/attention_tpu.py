@@ -74,7 +74,7 @@ def _blocks(k_start: jax.Array, k_end: jax.Array, *, keys: int) -> Blocks:
     rows_here = rows // parts_of(ROW_AXES)
     (padded, block), (padded_keys, key_block) = _padded(length), _padded(keys)
     bits = _span_bits(keys, rows_here * padded_keys)
-    # A padding query of the last block copies its neighbour's interval, so it needs no further blocks.
+    # A padding query of the last block copies its neighbor's interval, so it needs no further blocks.
     start, end = (jnp.pad(x, ((0, 0), (0, padded - length)), mode="edge") for x in (k_start, k_end))
     offset = (jnp.arange(rows, dtype=jnp.int32) % rows_here)[:, None]
     span = jnp.left_shift(start + offset * padded_keys, bits) | (end - start)

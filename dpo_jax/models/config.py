@@ -51,7 +51,7 @@ class DecoderConfig:
     qk_norm_whole: bool = later(False)  # qk_norm is over all heads together (OLMo 2)
     experts: int = later(0)  # per layer, instead of its MLP (Mixtral); `mlp_width` is then that of one expert
     experts_per_token: int = later(0)
-    norm_routes: bool = later(False)  # normalise the routing weights of a token's experts to sum to one
+    norm_routes: bool = later(False)  # normalize the routing weights of a token's experts to sum to one
     image_width: int = later(0)  # W of the vision encoder whose outputs the model reads (Gemma 3 with images); 0: none
     image_tokens: int = later(0)  # T of an image
     image_norm_eps: float = later(0.0)

@@ -71,7 +71,7 @@ def from_pieces(x: jax.Array, length: int) -> jax.Array:
     parts = context_parts()
     rounds = rounds_of(parts) // parts  # whole rounds that a device will hold
 
-    def neighbours(x: jax.Array) -> jax.Array:
+    def neighbors(x: jax.Array) -> jax.Array:
         rows, columns, width = x.shape
         x = x.reshape(rows, parts, rounds, columns // (parts * rounds), width)
         # From the rounds of each device to the devices of each round: the axes of [R, parts, rounds, ...] swap meaning.
@@ -79,7 +79,7 @@ def from_pieces(x: jax.Array, length: int) -> jax.Array:
         return _up_and_down(x, first=jax.lax.axis_index(CONTEXT_AXIS) * rounds).reshape(rows, columns, width)
 
     rows, pieces = _specs()
-    return _manual(neighbours, in_specs=P(pieces), out_specs=P(rows, CONTEXT_AXIS))(x)[:, :length]
+    return _manual(neighbors, in_specs=P(pieces), out_specs=P(rows, CONTEXT_AXIS))(x)[:, :length]
 
 
 def _up_and_down(x: jax.Array, *, first: Array | int = 0) -> jax.Array:

@@ -32,7 +32,7 @@ NO_WINDOW = 1 << 30  # for a full-attention layer in a model with windows elsewh
 
 # What the backward pass keeps of a layer; the rest it computes again. Keeping all matrix products takes less than half of the
 # memory of keeping everything, and no more time, on CPU too.
-# "kernel" is what a fused attention kernel names for its own backward pass: to compute it again would be to run it again.
+# "kernel" tags what a fused attention kernel saves for its backward pass. Without it, remat would run the kernel again.
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_saveable, jax.checkpoint_policies.save_only_these_names("kernel")

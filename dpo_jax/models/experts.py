@@ -29,7 +29,7 @@ class Experts(nn.Module):
     """Each token goes through its `experts_per_token` most probable experts, weighted by the router's probabilities.
 
     No token is dropped: experts have no capacity limit. Probabilities come from a softmax over all experts, in float32;
-    `norm_routes` normalises those of the chosen experts to sum to one. Padding is routed as well, which costs time but changes
+    `norm_routes` normalizes those of the chosen experts to sum to one. Padding is routed as well, which costs time but changes
     nothing.
     """
 

@@ -1,4 +1,4 @@
-"""The origin of a model or data set, as recorded in local files: its Hub id, and the licence of a model.
+"""The origin of a model or data set, as recorded in local files: its Hub id, and the license of a model.
 
 Nothing is guessed and no network is used; anything the files do not record is None.
 """
@@ -66,7 +66,7 @@ def hub_id_of_folder(path: str | Path, kind: Literal["models", "datasets"], *, c
 
 
 def license_of(header: dict[str, str]) -> License | None:
-    """The licence stated in the header of a model card."""
+    """The license stated in the header of a model card."""
     stated = header.get("license")
     return License(stated, header.get("license_name"), header.get("license_link")) if stated else None
 

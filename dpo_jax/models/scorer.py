@@ -28,7 +28,7 @@ def scorer_settings(architecture: str, *, bias: float, pad_token_id: int | None)
     """The entries of `config.json` that make a language model of this class (`LlamaForCausalLM`) a reward model.
 
     transformers reads the score at the last token that is not `pad_token_id`. So that must not be one that ends texts, where it
-    is learnt. With None, transformers reads it at the last token, of one text at a time.
+    is learned. With None, transformers reads it at the last token, of one text at a time.
     """
     return {
         "architectures": [re.sub(r"(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)],

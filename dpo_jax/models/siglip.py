@@ -26,7 +26,7 @@ ROOT = "vision_tower.vision_model"
 def encode_images(variables: Variables, pixels: Array, *, config: VisionConfig) -> jax.Array:
     """Features of the image tokens: `pixels` float32[B, size, size, 3] to float32[B, T, W]. Pure: jit it.
 
-    Pixels are normalised as by the model's processor. The T tokens are averages over T squares of patches, row by row.
+    Pixels are normalized as by the model's processor. The T tokens are averages over T squares of patches, row by row.
     """
     c, params = config, variables["params"]
     x = jnp.asarray(pixels, jnp.float32)

@@ -1,1 +1,1 @@
-"""Online and iterative DPO: rounds of sampling from the current policy, labelling, pairing and optimizer steps."""
+"""Online and iterative DPO: rounds of sampling from the current policy, labeling, pairing and optimizer steps."""

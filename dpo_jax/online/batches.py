@@ -28,7 +28,8 @@ class PairBatches(NamedTuple):
         if not self.columns:
             return made
         of_pairs = {name: values[indices].reshape(-1) for name, values in self.columns.items()}
-        # Groups with fewer pairs have a 0 in place of a value, as fillers do; a loss that divides by it would be infinite.
+        # Groups with fewer pairs have a 0 in place of a value, as padding examples do; a loss that divides by it would be
+        # infinite.
         extras = {
             name: np.where((found := examples_to_rows(values, made.rows)) == 0, values.max() * (name == "beta"), found)
             for name, values in of_pairs.items()

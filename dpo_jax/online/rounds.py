@@ -5,7 +5,7 @@ training saves the state and calls `move`, which samples, requests labels, makes
 Then training continues: it is one run, with one schedule and one optimizer state. Each round has a folder, `round-003`:
 
     samples.jsonl   completions of every candidate prompt: texts, token ids, log-probabilities of policy and reference
-    prompts.jsonl   the candidates, and which of them were selected for labelling
+    prompts.jsonl   the candidates, and which of them were selected for labeling
     scores.jsonl    the scores of their completions
     pairs.jsonl     prompt, chosen, rejected: preferences that `dpo-jax dpo --data.path` reads
     stage.json      which of these are finished, what they depend on, and the row of the round in rounds.jsonl
@@ -59,14 +59,14 @@ class RoundOptions(NamedTuple):
     """Settings of a round. `beta` is that of the loss and of the implicit rewards. With `beta_last` the loss takes beta for
     each pair by keyword, and with soft pairs `label_smoothing` (`PairBatches.columns`)."""
 
-    prompts: int  # labelled in a round
+    prompts: int  # labeled in a round
     completions: int  # of each
     pairs: PairsHow
     steps: int  # optimizer steps
     batch: int  # prompts a step
     beta: float  # of the first round
     seed: int
-    candidates: int = 1  # prompts sampled for each one labelled
+    candidates: int = 1  # prompts sampled for each one labeled
     elicitation: Elicitation = "uniform"
     refresh: int = 0  # the policy becomes the reference after so many rounds; 0: never
     layout: str = "packed"
@@ -81,8 +81,8 @@ class RoundOptions(NamedTuple):
         return beta_of_round(self.beta, self.beta_last, number=number, rounds=self.rounds)
 
 
-class Labelled(NamedTuple):
-    """Training data of a round: the labelled samples, their rewards [N, K], and pairs [P, 3] of `choose_pairs`."""
+class Labeled(NamedTuple):
+    """Training data of a round: the labeled samples, their rewards [N, K], and pairs [P, 3] of `choose_pairs`."""
 
     samples: Samples
     rewards: np.ndarray
@@ -167,11 +167,11 @@ class Rounds:
         made = not stage.finished
         if made:
             self._make(stage, number, variables, pause)
-        labelled = self._labelled(stage, number)
+        labeled = self._labeled(stage, number)
         self.record |= {"step": step, "weights": weights}
         policies = {**self.record.get("policies", {}), str(number): weights}
         self.record["policies"] = {k: v for k, v in policies.items() if int(k) > number - self.options.replay}
-        self._current = number, self._batches([*self._earlier(number), (number, labelled)], number)
+        self._current = number, self._batches([*self._earlier(number), (number, labeled)], number)
         self._write_rounds(number)
         if made:
             self._say(_words(stage.record))
@@ -230,9 +230,9 @@ class Rounds:
             assert self._compare is not None
             rewards = compared(*texts, self._compare, self.log, number=number)
         stage.put("scores.jsonl", _score_rows(asked, rewards))
-        labelled = self._labelled(stage, number)
-        stage.put("pairs.jsonl", _pair_rows(labelled, self.world.stop_ids))
-        stage.finish(self._row(number, samples, labelled))
+        labeled = self._labeled(stage, number)
+        stage.put("pairs.jsonl", _pair_rows(labeled, self.world.stop_ids))
+        stage.finish(self._row(number, samples, labeled))
 
     def _samples(self, stage: Stage, number: int, variables: Variables) -> Samples:
         if stage.has("samples.jsonl"):
@@ -264,7 +264,7 @@ class Rounds:
         prompts = [prompt for prompt, its in zip(samples.prompts.texts, samples.texts, strict=True) for _ in its]
         return self._estimate(prompts, [text for its in samples.texts for text in its]).reshape(len(samples), -1)
 
-    def _labelled(self, stage: Stage, number: int) -> Labelled:
+    def _labeled(self, stage: Stage, number: int) -> Labeled:
         """The training data in the files of a stage."""
         options = self.options
         samples = read_samples(stage.rows("samples.jsonl", ROW), completions=options.completions)
@@ -278,13 +278,13 @@ class Rounds:
         logits = rewards * options.reward_scale
         pairs, counts = choose_pairs(samples.texts, logits, how=options.pairs, seed=seed, eos=eos)
         if not len(pairs):
-            dropped = {name: count for name, count in counts._asdict().items() if name not in ("pairs", "labelled", "against")}
+            dropped = {name: count for name, count in counts._asdict().items() if name not in ("pairs", "labeled", "against")}
             causes = ", ".join(f"{count:,} {name}" for name, count in dropped.items() if count) or "no prompt has scores"
             remedy = "ask for more a round (online.prompts, online.completions), or end with fewer rounds"
             raise DataError(f"round {number}: no pair is left, of {counts.pairs:,}: {causes}; {remedy}", causes=[Cause.NO_ROWS])
-        return Labelled(samples, rewards, pairs, counts, int((~decided).sum()))
+        return Labeled(samples, rewards, pairs, counts, int((~decided).sum()))
 
-    def _earlier(self, number: int) -> list[tuple[int, Labelled]]:
+    def _earlier(self, number: int) -> list[tuple[int, Labeled]]:
         """The earlier rounds that the steps of round `number` also read: within `replay`, and with the same reference."""
         first = max(self._reference_round(number), number - self.options.replay + 1)
         found = []
@@ -293,17 +293,17 @@ class Rounds:
             if not stage.finished:
                 words = f"{stage.folder} is damaged, but round {number} also learns from it (online.replay)"
                 raise CheckpointDamaged(f"{words}: put its files back, or start over in another run.dir")
-            found.append((earlier, self._labelled(stage, earlier)))
+            found.append((earlier, self._labeled(stage, earlier)))
         return found
 
-    def _batches(self, learned: Sequence[tuple[int, Labelled]], number: int) -> PairBatches:
+    def _batches(self, learned: Sequence[tuple[int, Labeled]], number: int) -> PairBatches:
         encoded, ref_logps, prompts, labels = [], [], [], []
-        for earlier, labelled in learned:
-            some, its = encoded_pairs(labelled.samples, labelled.pairs, name=f"round {earlier}")
+        for earlier, labeled in learned:
+            some, its = encoded_pairs(labeled.samples, labeled.pairs, name=f"round {earlier}")
             encoded += some
             ref_logps.append(its)
-            prompts += [(earlier, int(prompt)) for prompt in labelled.pairs[:, 0]]  # separately for each round
-            labels.append(soft_labels(labelled.rewards * self.options.reward_scale, labelled.pairs))
+            prompts += [(earlier, int(prompt)) for prompt in labeled.pairs[:, 0]]  # separately for each round
+            labels.append(soft_labels(labeled.rewards * self.options.reward_scale, labeled.pairs))
         groups = prompt_groups(encoded, prompts)
         if "layout" not in self.record:  # for all rounds: their batches share one program
             several = 2 if self.options.pairs == "best_worst" else self.options.completions
@@ -323,28 +323,28 @@ class Rounds:
         placed = {name: of_groups(groups, values, pairs=layout.pairs) for name, values in columns.items()}
         return PairBatches(groups, of_groups(groups, np.concatenate(ref_logps), pairs=layout.pairs), layout, placed)
 
-    def _row(self, number: int, samples: Samples, labelled: Labelled) -> dict[str, Any]:
+    def _row(self, number: int, samples: Samples, labeled: Labeled) -> dict[str, Any]:
         """The row of a round in `rounds.jsonl`. The KL is to the first reference."""
         first = samples.ref_logps
         if self._reference_round(number):
             prompts = samples.prompts.repeated(self.options.completions)
             ids = [ids for its in samples.ids for ids in its]
             first = self.world.logps(self.world.reference, prompts.ids, ids).reshape(samples.logps.shape)
-        implicit, pairs = labelled.samples.implicit_rewards(self.options.beta_of(number)), labelled.pairs
+        implicit, pairs = labeled.samples.implicit_rewards(self.options.beta_of(number)), labeled.pairs
         margins = implicit[pairs[:, 0], pairs[:, 1]] - implicit[pairs[:, 0], pairs[:, 2]]
-        counts = labelled.counts
+        counts = labeled.counts
         return {
             "round": number,
             "step": number * self.every,
-            "prompts": len(labelled.samples) + labelled.undecided,
+            "prompts": len(labeled.samples) + labeled.undecided,
             "candidates": len(samples),
             "labels": self.log.count(number),
             "labels_so_far": self.log.total(number),
             "pairs": len(pairs),
             "against": int(counts.against),
             **{name: int(getattr(counts, name)) for name in ("ties", "identical", "empty", "eos")},
-            "undecided": labelled.undecided,
-            "reward": None if self._reward is None else float(labelled.rewards.mean()),
+            "undecided": labeled.undecided,
+            "reward": None if self._reward is None else float(labeled.rewards.mean()),
             "kl": float(np.mean(samples.logps.astype(np.float64) - first)),
             "accuracy": float((1 + np.sign(margins)).mean() / 2),
         }
@@ -377,10 +377,10 @@ def _score_rows(samples: Samples, rewards: np.ndarray) -> Iterable[dict[str, Any
             yield {"number": number, "prompt": prompt, "completion": text, "score": reward if np.isfinite(reward) else None}
 
 
-def _pair_rows(labelled: Labelled, stop_ids: Sequence[int]) -> Iterable[dict[str, Any]]:
+def _pair_rows(labeled: Labeled, stop_ids: Sequence[int]) -> Iterable[dict[str, Any]]:
     """Pairs as format `trl` reads them; samples that were cut off are marked."""
-    samples = labelled.samples
-    for n, *both in labelled.pairs.tolist():
+    samples = labeled.samples
+    for n, *both in labeled.pairs.tolist():
         sides = dict(zip(("chosen", "rejected"), both, strict=True))
         cut = [side for side, k in sides.items() if int(samples.ids[n][k][-1]) not in stop_ids]
         texts = {side: samples.texts[n][k] for side, k in sides.items()}

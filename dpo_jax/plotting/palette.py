@@ -1,4 +1,4 @@
-"""Colours, dashes and markers of all plots, chosen for colour-blind readers and greyscale."""
+"""Colors, dashes and markers of all plots, chosen for color-blind readers and grayscale."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ Dashes = str | tuple[int, tuple[float, ...]]
 
 
 class Style(NamedTuple):
-    """Marker, dashes and colour of one series. Marker and dashes tell series apart without the colour."""
+    """Marker, dashes and color of one series. Marker and dashes tell series apart without the color."""
 
     marker: str
     line: Dashes
     color: str
 
 
-# Blue against orange: the pair that colour-vision deficiencies keep apart. Their lightness differs by a factor of two.
+# Blue against orange: the pair that color-vision deficiencies keep apart. Their lightness differs by a factor of two.
 CHOSEN = Style("o", "-", "#0b4f94")
 REJECTED = Style("s", (0, (4, 1.5)), "#e07b00")
 NEUTRAL = Style("D", (0, (1, 1)), "#5f5f5f")

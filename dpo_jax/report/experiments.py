@@ -11,7 +11,7 @@ from typing import Any
 
 from dpo_jax.evals.frontier_panels import Spot, plot_learned, plot_lengths
 from dpo_jax.evals.frontier_plot import plot_trajectories
-from dpo_jax.evals.overoptimisation import declines, trajectories
+from dpo_jax.evals.overoptimization import declines, trajectories
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.plotting.curves import KL_OF_SAMPLES
@@ -30,7 +30,7 @@ Ended = dict[tuple[str, str], dict[str, float]]
 
 
 def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
-    """Reward against KL: the figures, methods at equal KL, and failures: over-optimisation during training (true reward), of
+    """Reward against KL: the figures, methods at equal KL, and failures: over-optimization during training (true reward), of
     the scorer (second reward) and of a learned reward, and lengths. New figures are written to `drawn`."""
     blocks: list[Block] = []
     for run, stage in one_or_more(runs, "frontier"):
@@ -49,10 +49,10 @@ def frontier(runs: Sequence[RunRecord], drawn: Path) -> Section | None:
             blocks.append(Table(columns, rows, caption=of(run, runs, "Methods at equal KL"), note=note))
         blocks += _second(of(run, runs, "Beside a second reward"), summary.get(SECOND))
         results = stage.read("results.csv", read_results, [])
-        if over := _overoptimised(of(run, runs, "Over-optimisation"), results):
+        if over := _overoptimized(of(run, runs, "Over-optimization"), results):
             blocks += over
             with stage.showing("results.csv"):
-                figure = plot_trajectories(trajectories(results), drawn / f"overoptimisation-{len(blocks)}.png")
+                figure = plot_trajectories(trajectories(results), drawn / f"overoptimization-{len(blocks)}.png")
                 caption = "true reward over training; full: best, hollow: last"
                 blocks.append(Figures([(figure, of(run, runs, caption))], size="wide"))
         for title, build in (("Lengths", _lengths), ("Learned reward", _learned)):
@@ -67,7 +67,7 @@ def _at_kl(row: Mapping[str, Any] | None) -> str:
     return f"{row['reward']:.2f}" + (f" ({row['share_of_gain']:.0%})" if row["share_of_gain"] is not None else "")
 
 
-def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[Block]:
+def _overoptimized(caption: str, results: Sequence[Mapping[str, str]]) -> list[Block]:
     found = declines(results)
     if not found:
         return []
@@ -80,12 +80,12 @@ def _overoptimised(caption: str, results: Sequence[Mapping[str, str]]) -> list[B
             f"{row.last_reward:.2f}",
             f"{row.last_kl:.2f}",
             f"{row.fall:.2f} ({row.interval[0]:.2f} to {row.interval[1]:.2f})" if row.fall else "-",
-            "yes" if row.overoptimised else "no",
+            "yes" if row.overoptimized else "no",
         ]
         for row in found
     ]
-    columns = ["run", "best true reward", "at KL", "last true reward", "at KL", "fall", "over-optimised"]
-    note = "Over-optimised: training went on to a larger KL, and the true reward fell by more than its interval explains."
+    columns = ["run", "best true reward", "at KL", "last true reward", "at KL", "fall", "over-optimized"]
+    note = "Over-optimized: training went on to a larger KL, and the true reward fell by more than its interval explains."
     return [Table(columns, rows, caption=caption, note=note)]
 
 
@@ -213,7 +213,7 @@ def robustness(runs: Sequence[RunRecord]) -> Section | None:
         blocks.append(
             Table(["policy", "true reward falls", "seen in"], falls, caption="Where the true reward falls", note=note)
         )
-    title = "Robustness" if one_or_more(runs, "robust") else "Over-optimisation"
+    title = "Robustness" if one_or_more(runs, "robust") else "Over-optimization"
     return Section(title, blocks) if blocks else None
 
 
@@ -247,6 +247,6 @@ def _falls(run: RunRecord) -> list[list[str]]:
     for _, stage in one_or_more([run], "frontier"):
         for row in declines(stage.read("results.csv", read_results, [])):
             name = " ".join(filter(None, (row.method, row.setting, f"seed {row.seed}")))
-            seen = f"after KL {row.best_kl:.2f}" if row.overoptimised else f"not seen up to KL {row.last_kl:.2f}"
+            seen = f"after KL {row.best_kl:.2f}" if row.overoptimized else f"not seen up to KL {row.last_kl:.2f}"
             rows.append([name, seen, "frontier, measured"])
     return rows + [[stage, UNKNOWN, "-"] for stage in POLICIES if stage in run.stages]

@@ -6,7 +6,7 @@ Sources:
 
 - Displacement: preference training can lower the likelihood of the chosen completions, and move probability to completions that
   nobody preferred. Razin et al. 2024, "Unintentional Unalignment: Likelihood Displacement in DPO", arXiv 2410.08847; Pal et al.
-  2024, "Smaug: Fixing Failure Modes of Preference Optimisation with DPO-Positive", arXiv 2402.13228.
+  2024, "Smaug: Fixing Failure Modes of Preference Optimization with DPO-Positive", arXiv 2402.13228.
 - KL: the true reward stops improving, then falls, as the KL grows. Gao et al. 2023, "Scaling Laws for Reward Model
   Overoptimization", arXiv 2210.10760; Rafailov et al. 2024, arXiv 2406.02900, for DPO. Best-of-N has a KL of at most
   log N - (N - 1)/N.
@@ -212,7 +212,7 @@ def _gap(policy: Values, reference: Values, training: Rows) -> Finding:
         "train/held-out gap",
         f"Accuracy is {seen:.3f} on the training pairs of the last {len(last)} steps and {held_out:.3f} on held-out ones "
         f"(noted from a gap of {GAP:g} on, if it is outside the 95 % interval).",
-        "The policy has memorised its training pairs, or the held-out ones are of a different kind.",
+        "The policy has memorized its training pairs, or the held-out ones are of a different kind.",
         "Try fewer epochs, more pairs, a larger beta.",
     )
 

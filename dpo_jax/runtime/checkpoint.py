@@ -60,10 +60,10 @@ DELETING, QUARANTINE, UNSEALED = "deleting", "quarantine", "unsealed"
 
 
 class CheckpointDamaged(RuntimeError):
-    """There were checkpoints, but none verified. They are in `quarantine/`, without which a run starts from the beginning."""
+    """There were checkpoints, but all are damaged. They were moved to `quarantine/`; delete that folder to start over."""
 
 
-_TO_START_OVER = "if their files come back, move them out of there; to train from the beginning, delete them"
+_TO_START_OVER = "restore their files and move them back, or delete them to train from the beginning"
 
 
 class CheckpointWriteError(OSError):

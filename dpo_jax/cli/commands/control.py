@@ -68,7 +68,7 @@ def run(config: Config) -> int:
             say=functools.partial(print, flush=True),
         )
         report.write(run_dir.path, found.rows(results), found.COLUMNS)
-        summary = found.summarised(results, world.optimal)
+        summary = found.summarized(results, world.optimal)
         tables = found.tables(summary)
         shown = [table._asdict() for table in tables]
         write_json(run_dir.path / "summary.json", {"world": world.name, **summary, "tables": shown})

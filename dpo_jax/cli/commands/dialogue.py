@@ -1,7 +1,7 @@
 """`dpo-jax dialogue`: preferences between whole conversations in a question game, compared with the enumerated optimum.
 
 Writes to `<run.dir>/dialogue`: `dialogue.png`, `results.csv` and `.jsonl` (every point), `summary.json` (the printed figures),
-`pairs/` (the labelled conversations of each seed, as messages) and `runs/` (a folder for each run).
+`pairs/` (the labeled conversations of each seed, as messages) and `runs/` (a folder for each run).
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _shared(config: Config, world: DialogueWorld, digest: str) -> dict[str, Any]
         "lora": dataclasses.asdict(config.lora),
         "precision": config.run.precision,
         "seed": config.run.seed,  # also draws the conversations of the test
-        "ties": "labelled at random",  # earlier versions left them out
+        "ties": "labeled at random",  # earlier versions left them out
     }
 
 
@@ -157,9 +157,9 @@ class _Experiment:
         if kind == "turns":
             groups = label_turns(conversations, self.how, seed=seed, name=f"seed {seed}")
         else:
-            labelled = label_conversations(conversations, self.how, seed=seed, name=f"seed {seed}")
-            groups = labelled.groups
-            self._keep(labelled.pairs, seed)
+            labeled = label_conversations(conversations, self.how, seed=seed, name=f"seed {seed}")
+            groups = labeled.groups
+            self._keep(labeled.pairs, seed)
         if not groups:
             raise ConfigError("dialogue.starts: no start has two different conversations; raise it, or dialogue.completions")
         sizes = {"batch": self.config.dpo.batch, "microbatches": self.config.dpo.microbatches}

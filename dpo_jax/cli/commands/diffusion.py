@@ -171,7 +171,7 @@ def over(results: Sequence[Result], method: str, label: str = "") -> dict[str, d
 
 def shown(results: Sequence[Result], accuracy: float) -> dict[str, Run]:
     """The policies whose samples are shown, of the first seed: the reference, and of each method the setting with the
-    highest reward among those whose samples are recognised nearly as well as the reference's."""
+    highest reward among those whose samples are recognized nearly as well as the reference's."""
     found = {"the reference": next(r.run for r in results if r.run.method == REFERENCE)}
     for method, name in ((DPO, "Diffusion-DPO"), (FT, "Preferred-FT")):
         labels = dict.fromkeys(r.run.label for r in results if r.run.method == method)

@@ -1,7 +1,7 @@
 """`dpo-jax frontier`: the paper's controlled experiment (section 6.1), compared with the optimal frontier.
 
 Writes to `<run.dir>/frontier`: `frontier.png`, `results.csv` and `.jsonl` (every point), `summary.json`, `optimum.json`,
-`pairs.jsonl` (the labelled pairs, as preferences that `data.source: files` reads), `runs/` (a folder for each run), and with a
+`pairs.jsonl` (the labeled pairs, as preferences that `data.source: files` reads), `runs/` (a folder for each run), and with a
 second reward `second_reward.png`. The policies of dpo and ppo-gt are kept, as adapters if lora.rank is set.
 """
 
@@ -22,7 +22,7 @@ from dpo_jax.cli.experiment import (
     encode_samples,
     keep_pairs,
     kept_pairs,
-    labelled_samples,
+    labeled_samples,
     make_world,
     of_training,
     prompts_of,
@@ -174,12 +174,12 @@ class _Study:
 
     @functools.cached_property
     def encoded(self) -> EncodedSet:
-        """The labelled pairs (appendix C.1): those in `pairs.jsonl`, or new ones, which are written there."""
+        """The labeled pairs (appendix C.1): those in `pairs.jsonl`, or new ones, which are written there."""
         config, world = self.config, self.world
         file, record = self.run_dir.path / "pairs.jsonl", self.run_dir.path / "pairs.json"
         preferences = kept_pairs(file, record, self.shared)
         if hosts.anywhere(preferences is None) or preferences is None:
-            preferences, _ = labelled_samples(config, world, world.train, file, key=of_training(config))
+            preferences, _ = labeled_samples(config, world, world.train, file, key=of_training(config))
             keep_pairs(file, record, self.shared, preferences)
         return encode_samples(config, preferences, world.tokenizer)
 

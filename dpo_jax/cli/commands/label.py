@@ -12,7 +12,7 @@ import jax
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.experiment import labelled_samples, make_world, of_training, sized
+from dpo_jax.cli.experiment import labeled_samples, make_world, of_training, sized
 from dpo_jax.data.label import LabelCounts
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.template import is_rendered
@@ -40,8 +40,8 @@ def run(config: Config) -> int:
         )
         for split, prompts, its_key in splits:
             print(f"{split}: {config.frontier.completions} completions of each of {len(prompts.ids):,} prompts", flush=True)
-            pairs, counts = labelled_samples(config, world, prompts, run_dir.path / f"{split}.jsonl", key=its_key)
-            if not counts.labelled:
+            pairs, counts = labeled_samples(config, world, prompts, run_dir.path / f"{split}.jsonl", key=its_key)
+            if not counts.labeled:
                 raise DataError(f"{split}: no pair is left, of {counts.pairs}: {_dropped(counts)}", causes=[Cause.NO_ROWS])
             reports.append(_report(split, counts))
         rendered = any(is_rendered(pair.prompt, world.tokenizer) for pair in pairs)
@@ -52,8 +52,8 @@ def run(config: Config) -> int:
 
 def _report(split: str, counts: LabelCounts) -> DataReport:
     report = DataReport(source="samples", split=split, format="samples", rows=counts.pairs, read=counts.pairs)
-    report.kept, report.dropped = counts.labelled, _dropped(counts)
-    report.notes.append(f"{counts.against} labelled against the reward")
+    report.kept, report.dropped = counts.labeled, _dropped(counts)
+    report.notes.append(f"{counts.against} labeled against the reward")
     report.check()
     return report
 

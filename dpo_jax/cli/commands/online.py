@@ -1,4 +1,4 @@
-"""`dpo-jax online`: online and iterative DPO, in rounds of sampling, labelling, pairing and optimizer steps.
+"""`dpo-jax online`: online and iterative DPO, in rounds of sampling, labeling, pairing and optimizer steps.
 
 Writes to `<run.dir>/online`: `round-000/`, ... (`dpo_jax.online.rounds`), `rounds.jsonl` (one row per round), `labels.jsonl`
 (every label, so that none is requested twice; for a judge also `verdicts.jsonl`), `metrics.jsonl`, `plots/`, `result.json`

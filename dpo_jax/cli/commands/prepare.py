@@ -35,6 +35,6 @@ def run(config: Config) -> int:
 def _check(config: Config, preferences: PreferenceSet) -> None:
     """Raises `DataError` for single completions, or if too large a share of the rows was dropped."""
     report = preferences.report
-    labelled = any(preference.desirable is not None for preference in preferences)
-    check_kind("unpaired" if labelled else "pairs", "pairs", where=f"{report.source} [{report.split}]", remedy=TFDS_OF_PAIRS)
+    labeled = any(preference.desirable is not None for preference in preferences)
+    check_kind("unpaired" if labeled else "pairs", "pairs", where=f"{report.source} [{report.split}]", remedy=TFDS_OF_PAIRS)
     splits.check_dropped(config, report, report.bad_share)

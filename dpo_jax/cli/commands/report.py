@@ -64,7 +64,7 @@ def write_page(out: Path, page: Page) -> None:
     """The page as HTML and as Markdown with its images, replacing those of an earlier report.
 
     Images named in an earlier report's Markdown are deleted before the Markdown is replaced, and new ones written after it. If
-    this is killed at any point, `report.md` names all images that are there, so that the next report recognises them.
+    this is killed at any point, `report.md` names all images that are there, so that the next report recognizes them.
     """
     images = {path: f"{number:02d}-{path.name}" for number, path in enumerate(page.images, start=1)}
     contents = {path: path.read_bytes() for path in images}

@@ -44,12 +44,12 @@ def run(config: Config) -> int:
         start, digests = part.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
         judge = RewardModel(partitioner, part.model)
-        learnt, final = (_ended(config, one, tokenizer, limit=model.config.max_positions) for one in (pairs, test))
+        learned, final = (_ended(config, one, tokenizer, limit=model.config.max_positions) for one in (pairs, test))
         with identity.refusing_mismatch():
             variables, validation = fit_reward_model(
                 judge,
                 start,
-                learnt,
+                learned,
                 run_dir,
                 make_tx=functools.partial(build.make_tx, training, seed=config.run.seed),
                 batch=training.batch,
@@ -81,7 +81,7 @@ def run(config: Config) -> int:
             write_json(run_dir.path / "result.json", {"validation": validation, "test": found})
         print(f"the checkpoint of step {validation['step']:g} has the lowest validation loss: {validation['loss']:.4f}")
         print(
-            f"on the test split: loss {figures['loss']:.4f} (no preference learnt: 0.6931), "
+            f"on the test split: loss {figures['loss']:.4f} (no preference learned: 0.6931), "
             f"accuracy {figures['accuracy']:.1%} ({low:.1%} to {high:.1%})"
         )
         print(f"train a policy against it with dpo-jax ppo ... --ppo.reward-model {folder}")

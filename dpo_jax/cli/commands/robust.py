@@ -1,6 +1,6 @@
-"""`dpo-jax robust`: label noise, prompt shift and over-optimisation, measured by true reward at equal KL.
+"""`dpo-jax robust`: label noise, prompt shift and over-optimization, measured by true reward at equal KL.
 
-One command on top of `lab.sweep`: the three experiments differ only in what is varied. They share the reference, the labelled
+One command on top of `lab.sweep`: the three experiments differ only in what is varied. They share the reference, the labeled
 pairs and the methods, and do not repeat finished runs. `--robust.experiment` selects one; each is a module of `cli/robust/`.
 
 Writes to `<run.dir>/robust-<experiment>`: `robust.png`, `results.csv` and `.jsonl` (every measured point), `summary.json` (the
@@ -16,7 +16,7 @@ from typing import Any
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.experiment import FAST, sized
-from dpo_jax.cli.robust import noise, overoptimisation, shift
+from dpo_jax.cli.robust import noise, overoptimization, shift
 from dpo_jax.cli.robust.runs import runs_of
 from dpo_jax.cli.starting_policy import refuse_bfloat16
 from dpo_jax.lab import report
@@ -25,7 +25,7 @@ from dpo_jax.lab.robust_plot import plot_curves
 from dpo_jax.lab.sweep import sweep
 from dpo_jax.runtime.rundir import write_json
 
-EXPERIMENTS: dict[str, Any] = {"noise": noise, "shift": shift, "overoptimisation": overoptimisation}
+EXPERIMENTS: dict[str, Any] = {"noise": noise, "shift": shift, "overoptimization": overoptimization}
 
 
 def run(config: Config) -> int:

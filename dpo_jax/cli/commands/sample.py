@@ -117,7 +117,7 @@ def shown_text(text: str, ids: np.ndarray, whole: np.ndarray, tokenizer: Any) ->
 
 def within(ids: np.ndarray, limit: int, tokenizer: Any, *, cue: np.ndarray, truncation: Truncation) -> np.ndarray:
     """At most `limit` tokens of a prompt, cut as for training. An article, which has a `cue`, is always truncated at its end:
-    news articles put the essentials first, and without the cue no policy would summarise.
+    news articles put the essentials first, and without the cue no policy would summarize.
     """
     if len(ids) <= limit or not len(cue):
         return cut_prompt(ids, limit, tokenizer, truncation=truncation)

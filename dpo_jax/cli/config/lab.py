@@ -29,9 +29,9 @@ class FrontierConfig:
     second_reward: Literal["vader"] | None = None
     """A reward that no policy trains on, measured beside the first: vader, a published sentiment lexicon (extra `lab`)."""
     prompts: int = 2000
-    """Prompts for which the reference writes completions that are labelled; PPO trains on the same prompts."""
+    """Prompts for which the reference writes completions that are labeled; PPO trains on the same prompts."""
     completions: int = 4
-    """Completions per prompt; all their pairs are labelled."""
+    """Completions per prompt; all their pairs are labeled."""
     labels: Literal["argmax", "bradley_terry"] = "bradley_terry"
     """argmax: the better completion is always chosen; bradley_terry: with its Bradley-Terry probability (eq. 1)."""
     test_prompts: int = 256
@@ -62,7 +62,7 @@ class FrontierConfig:
     label_smoothing: float = 0.1
     """cdpo: assumed fraction of swapped labels."""
     length_penalty: float = 0.01
-    """alpha of rdpo (length-regularised DPO): penalty in the margin, in nats per token."""
+    """alpha of rdpo (length-regularized DPO): penalty in the margin, in nats per token."""
     ppo_iterations: int = 40
     """PPO: rollouts per run."""
     ppo_batch: int = 256

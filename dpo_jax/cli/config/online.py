@@ -13,7 +13,7 @@ from dpo_jax.cli.config.ranges import Problem, positive
 
 @dataclasses.dataclass(frozen=True)
 class OnlineConfig:
-    """Online and iterative DPO: rounds of sampling from the current policy, labelling, pairing and optimizer steps."""
+    """Online and iterative DPO: rounds of sampling from the current policy, labeling, pairing and optimizer steps."""
 
     rounds: int = 8
     """Number of rounds. Iterative DPO has a few long ones."""
@@ -47,7 +47,7 @@ class OnlineConfig:
     """Which prompts to label next. uniform: any; disagreement: those whose completions' estimated rewards vary most;
     uncertainty: those whose completions the policy's implicit reward separates least."""
     candidates: int = 4
-    """Prompts sampled for each prompt labelled, if elicitation is not uniform."""
+    """Prompts sampled for each prompt labeled, if elicitation is not uniform."""
     refresh_reference_rounds: int | None = None
     """The policy becomes the reference every N rounds; none: the reference is fixed. KL is always measured to the first one."""
     label_budget: int | None = None

@@ -14,10 +14,10 @@ LOSSES = ("dpo", "cdpo", "robust", "ipo")
 
 @dataclasses.dataclass(frozen=True)
 class RobustConfig:
-    """Robustness experiments: label noise, prompt shift (test prompts unlike the training prompts), over-optimisation."""
+    """Robustness experiments: label noise, prompt shift (test prompts unlike the training prompts), over-optimization."""
 
-    experiment: Literal["noise", "shift", "overoptimisation"] = "noise"
-    """noise: flipped labels; shift: other prompts in testing; overoptimisation: true and learned reward as KL grows."""
+    experiment: Literal["noise", "shift", "overoptimization"] = "noise"
+    """noise: flipped labels; shift: other prompts in testing; overoptimization: true and learned reward as KL grows."""
     flip_rates: TextList = "0,0.1,0.2,0.3"
     """noise: fractions of the training labels that are flipped."""
     losses: TextList = ",".join(LOSSES)
@@ -25,9 +25,9 @@ class RobustConfig:
     topics: TextList = "acting,plot"
     """shift: topics of the first family of prompts; the second family has the other topics."""
     widths: TextList = "64,96"
-    """overoptimisation: hidden sizes of the models, each with its own SFT; the rest of section model applies to all of them."""
+    """overoptimization: hidden sizes of the models, each with its own SFT; the rest of section model applies to all of them."""
     train_prompts: TextList = "1000,4000,16000"
-    """overoptimisation: numbers of prompts whose labelled pairs are trained on, the first ones of frontier.prompts."""
+    """overoptimization: numbers of prompts whose labeled pairs are trained on, the first ones of frontier.prompts."""
 
     def check(self) -> Iterator[tuple[str, str]]:
         try:

@@ -127,7 +127,7 @@ class SftConfig(TrainingConfig):
     """Supervised fine-tuning. It gives DPO its starting policy and its reference."""
 
     scored: Literal["completion", "all"] = "completion"
-    """Tokens that count in the loss: those of the completion, or all (plain language modelling)."""
+    """Tokens that count in the loss: those of the completion, or all (plain language modeling)."""
     loss: Literal["sum", "mean"] = "sum"
     """Negative log-likelihood summed over a completion, averaged over completions (the original code), or its mean over the
     scored tokens of a batch (TRL). It matters for max_grad_norm: a sum has the larger gradient."""

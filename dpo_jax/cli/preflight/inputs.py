@@ -129,7 +129,7 @@ def _source(check: Check, part: MixConfig, splits: tuple[str, ...]) -> None:
     if check.unseen("data", part.path, made_by):
         return
     if data.source == "files" and is_dataset_id(part.path):
-        note_misspelt(check, part.path, "data.mix" if data.mix else "data.path")
+        note_misspelled(check, part.path, "data.mix" if data.mix else "data.path")
         check.tell("data", f"{name}: from the Hub or its local cache; not checked")
         return
     with reported("looking at the data"):
@@ -205,11 +205,11 @@ def most(rows: int, limit: int | None) -> int:
     return rows if limit is None else min(rows, limit)
 
 
-def note_misspelt(check: Check, path: str, option: str) -> None:
+def note_misspelled(check: Check, path: str, option: str) -> None:
     first = path.partition("/")[0]
     if Path(first).is_dir():
         check.warn(
-            f"{option}: there is no folder {path}, though there is {first}/: is it misspelt? It would be read as a Hub id"
+            f"{option}: there is no folder {path}, though there is {first}/: is it misspelled? It would be read as a Hub id"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.preflight.inputs import Check, note_misspelt
+from dpo_jax.cli.preflight.inputs import Check, note_misspelled
 from dpo_jax.cli.vision import check_mesh, encoder_settings, no_encoder
 from dpo_jax.untrusted import Unreadable
 
@@ -81,7 +81,7 @@ def _remember(check: Check, path: str | None) -> None:
 
 def _of_the_hub(check: Check, path: str, option: str) -> str:
     """A description of a path that is not a local folder but looks like a Hub model id."""
-    note_misspelt(check, path, option)
+    note_misspelled(check, path, option)
     return "from the Hub or its local cache; not checked"
 
 

@@ -83,7 +83,7 @@ class Experiment:
 
     @functools.cached_property
     def data(self) -> PairData:
-        return self.setup.data(self.setup.world, self.setup.labelled(self.setup.world, "train"))
+        return self.setup.data(self.setup.world, self.setup.labeled(self.setup.world, "train"))
 
     def _method(self, name: str) -> PairMethod:
         loss = LOSSES[name]

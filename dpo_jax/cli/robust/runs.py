@@ -16,7 +16,7 @@ FAMILIES = ("first", "second")
 
 def runs_of(config: Config) -> list[Run]:
     """Every run of `robust.experiment`. Raises `ConfigError` for inconsistent options."""
-    experiments = {"noise": noise, "shift": shift, "overoptimisation": overoptimisation}
+    experiments = {"noise": noise, "shift": shift, "overoptimization": overoptimization}
     return experiments[config.robust.experiment](config)
 
 
@@ -69,7 +69,7 @@ def shift(config: Config) -> list[Run]:
     ]
 
 
-def overoptimisation(config: Config) -> list[Run]:
+def overoptimization(config: Config) -> list[Run]:
     """For each model and data size: Best-of-N, and the runs that go furthest (DPO's smallest beta, PPO's largest KL)."""
     if config.dpo.policy is not None or config.model.path is not None:
         name = "dpo.policy" if config.dpo.policy is not None else "model.path"
@@ -136,7 +136,7 @@ def _seeds(config: Config) -> range:
 def _sampled(config: Config) -> dict[str, Any]:
     """Settings on which results from the reference's own samples depend."""
     section = config.frontier
-    best_of = {"best_of": section.best_of} if config.robust.experiment == "overoptimisation" else {}
+    best_of = {"best_of": section.best_of} if config.robust.experiment == "overoptimization" else {}
     return {"samples": section.optimum_samples, "sampled_prompts": section.optimum_prompts, **best_of}
 
 

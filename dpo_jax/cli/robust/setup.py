@@ -1,4 +1,4 @@
-"""Setup of the robustness experiments: prompts, labelled pairs, learned rewards, and training methods."""
+"""Setup of the robustness experiments: prompts, labeled pairs, learned rewards, and training methods."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 from dpo_jax.cli import build
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
-from dpo_jax.cli.experiment import encode_samples, labelled_samples, make_world, of_training, prompts_of
+from dpo_jax.cli.experiment import encode_samples, labeled_samples, make_world, of_training, prompts_of
 from dpo_jax.cli.frontier_runs import AS_SAMPLED, classifier_name, digests_of_data
 from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
 from dpo_jax.cli.robust.runs import families
@@ -48,11 +48,11 @@ class Setup:
         self.world, digests = make_world(config, train="prompts", test="test_prompts")
         self.shared = shared_settings(config, digests["start"], self.world)
 
-    def labelled(self, world: World, name: str) -> Sequence[Encoded]:
-        """Labelled pairs of the reference's completions of the training prompts, also written to `pairs/<name>.jsonl`."""
+    def labeled(self, world: World, name: str) -> Sequence[Encoded]:
+        """Labeled pairs of the reference's completions of the training prompts, also written to `pairs/<name>.jsonl`."""
         file = self.folder / "pairs" / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
-        preferences, _ = labelled_samples(self.config, world, world.train, file, key=of_training(self.config))
+        preferences, _ = labeled_samples(self.config, world, world.train, file, key=of_training(self.config))
         return encode_samples(self.config, preferences, world.tokenizer)
 
     def data(self, world: World, pairs: Sequence[Encoded]) -> PairData:

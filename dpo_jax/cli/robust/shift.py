@@ -123,7 +123,7 @@ class Family:
 
     @functools.cached_property
     def pairs(self) -> Sequence[Encoded]:
-        return self.setup.labelled(self.world, self.name)
+        return self.setup.labeled(self.world, self.name)
 
     @functools.cached_property
     def dpo(self) -> PairMethod:

@@ -1,11 +1,11 @@
-"""Over-optimisation: where reward falls as KL grows, told from scatter, and as the report shows it."""
+"""Over-optimization: where reward falls as KL grows, told from scatter, and as the report shows it."""
 
 import csv
 
 import numpy as np
 import pytest
 
-from dpo_jax.evals.overoptimisation import declines, fit_gains
+from dpo_jax.evals.overoptimization import declines, fit_gains
 from dpo_jax.report.experiments import frontier
 from dpo_jax.report.run_record import read_run
 
@@ -33,10 +33,10 @@ def test_declines_tell_a_fall_from_scatter(tmp_path):
     (row,) = declines(fell)
     assert (row.best_kl, row.best_reward, row.last_kl, row.last_reward, row.fall) == (4, 5, 9, 4, 1)
     assert row.interval == pytest.approx((0.5, 1.5))  # 0.3 and 0.4 add up to 0.5 in squares
-    assert row.overoptimised
+    assert row.overoptimized
     scatter = [*fell[:2], point(9, 4, 1.0)]
     nearer = [*fell[:2], point(2, 4, 0.4)]
-    assert [row.overoptimised for rows in (scatter, nearer) for row in declines(rows)] == [False, False]
+    assert [row.overoptimized for rows in (scatter, nearer) for row in declines(rows)] == [False, False]
     assert declines([point(1, 3, 0.3), point(1, 3, 0.3, label="other")]) == []
     for stage in ("frontier", "dpo"):
         (tmp_path / "run" / stage).mkdir(parents=True)

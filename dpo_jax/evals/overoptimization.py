@@ -1,4 +1,4 @@
-"""Over-optimisation: where the true reward of a training run peaks and falls as KL grows.
+"""Over-optimization: where the true reward of a training run peaks and falls as KL grows.
 
 A policy that follows its implicit reward, or a learned one, moves further and further from the reference; beyond some KL the
 true reward may fall (Gao et al. 2023 for reward models; Rafailov et al. 2024, arXiv 2406.02900, for DPO). This can be seen
@@ -33,7 +33,7 @@ class Decline(NamedTuple):
     last_reward: float
     fall: float  # of the reward; 0 if the last point is the best
     interval: Interval  # 95 %
-    overoptimised: bool  # the last point has a larger KL, and is worse by more than the variance over prompts explains
+    overoptimized: bool  # the last point has a larger KL, and is worse by more than the variance over prompts explains
 
 
 def declines(rows: Iterable[Mapping[str, Any]]) -> list[Decline]:
@@ -70,7 +70,7 @@ def _decline(key: RunName, numbers: list[Measured]) -> Decline:
         last_reward=last["reward"],
         fall=fall,
         interval=(fall - below, fall + above),
-        overoptimised=last["kl"] > best["kl"] and fall > below,
+        overoptimized=last["kl"] > best["kl"] and fall > below,
     )
 
 

@@ -1,4 +1,4 @@
-"""Over-optimisation: true and learned reward as KL grows, by model and data size, with the fits of Gao et al. 2022."""
+"""Over-optimization: true and learned reward as KL grows, by model and data size, with the fits of Gao et al. 2022."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dpo_jax.cli.robust.setup import Setup, per_prompt
 from dpo_jax.cli.starting_policy import make_reference
 from dpo_jax.data.encode import Encoded
 from dpo_jax.evals.frontier import best_of_n
-from dpo_jax.evals.overoptimisation import FORMS, GainFit, best_by, fit_gains, gain_at
+from dpo_jax.evals.overoptimization import FORMS, GainFit, best_by, fit_gains, gain_at
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairMethod
 from dpo_jax.lab.paired import read_prompts, write_prompts
@@ -110,7 +110,7 @@ class Experiment:
         columns = ["passes", "form, d = sqrt(KL)", "a", "b", "true reward falls", "furthest: gain, true and learned"]
         note = (
             "95 % intervals over prompts and, of several runs, over seeds (Student's t); what the learned reward gains beyond "
-            "the true one is over-optimisation; passes: over the pairs, for the learned reward and for DPO, in units of the "
+            "the true one is over-optimization; passes: over the pairs, for the learned reward and for DPO, in units of the "
             "configured epochs: all numbers of prompts take the same number of optimizer steps"
         )
         return [Grid("fit of the true reward", columns, rows, note)]
@@ -138,7 +138,7 @@ class Size:
 
     @functools.cached_property
     def pairs(self) -> Sequence[Encoded]:
-        return self.setup.labelled(self.setup.world, "train")
+        return self.setup.labeled(self.setup.world, "train")
 
     def passes(self, count: int) -> float:
         """Passes over the pairs of `count` prompts that take as many steps as one over those of the largest number. With one
