@@ -57,10 +57,10 @@ class Transitions:
     weight: Array
 
 
-def discounted(values: Array, gamma: float) -> jax.Array:
+def discounted_sum(values: Array, gamma: float) -> jax.Array:
     """Discounted sum `sum_t gamma^t values[..., t]`: `[..., T]` -> `[...]`.
 
-    >>> print(discounted(jnp.ones((2, 3)), 0.5))
+    >>> print(discounted_sum(jnp.ones((2, 3)), 0.5))
     [1.75 1.75]
     """
     return jnp.asarray(values) @ (gamma ** jnp.arange(values.shape[-1], dtype=jnp.float32))
@@ -111,7 +111,7 @@ def cpl_step(
 
     def objective(variables: Variables, batch: SegmentPairs) -> tuple[jax.Array, Metrics]:
         logps = log_prob(variables, batch.states, batch.actions)  # [P, 2, T]
-        scores = alpha * discounted(logps, gamma)
+        scores = alpha * discounted_sum(logps, gamma)
         margins = scores[:, 0] - scores[:, 1]
         each = logps.mean(axis=-1)
         return cpl_loss(scores, lam=lam), {

@@ -10,11 +10,11 @@ import optax
 
 from dpo_jax.head import aligned_log_probability
 from dpo_jax.logps import completion_lengths, hidden_logps, pair_sums, scored_hidden
-from dpo_jax.losses import PreferenceLoss, asked, pair_accuracy, unpaired_metrics
+from dpo_jax.losses import PreferenceLoss, pair_accuracy, required_inputs, unpaired_metrics
 from dpo_jax.routing import with_router
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, Model, Rows, TrainState, Variables
-from dpo_jax.whole_batch import BatchMeans, batch_means, linear_loss, with_slopes
+from dpo_jax.whole_batch import BatchMeans, batch_means, linear_loss, with_logp_gradients
 
 
 def dpo_step(
@@ -60,7 +60,7 @@ def dpo_step(
     means = batch_means(rows, axis_name)  # before the batch is split
     if "weight" in _signals(loss, rows) and (microbatches > 1 or axis_name is not None):
         inputs = partial(_loss_inputs, state.variables, model=model, loss=loss, ld_alpha=ld_alpha, means=means)
-        rows = with_slopes(rows, inputs, loss=loss, microbatches=microbatches, axis_name=axis_name)
+        rows = with_logp_gradients(rows, inputs, loss=loss, microbatches=microbatches, axis_name=axis_name)
         loss = linear_loss
     objective = partial(dpo_objective, loss=loss, ld_alpha=ld_alpha, means=means)
     objective = with_router(objective, model, coefficient=router_aux_loss, axis_name=axis_name)
@@ -119,7 +119,7 @@ def _loss_inputs(
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:
     """Keywords of a loss that name `SIGNALS` and are not columns of the batch (`Rows.extras`)."""
-    return asked(loss) - {*(rows.extras or {})}
+    return required_inputs(loss) - {*(rows.extras or {})}
 
 
 def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:

@@ -354,7 +354,7 @@ def observe(stats: ScoreStats, scores: Array) -> ScoreStats:
     return ScoreStats(total, stats.mean + gap * count / total, squares)
 
 
-def normalized(stats: ScoreStats, scores: Array) -> np.ndarray:
+def normalize_scores(stats: ScoreStats, scores: Array) -> np.ndarray:
     """`scores` minus the running mean, over the running standard deviation: float64[n]. `kl_coef` then has these units too."""
     deviation = math.sqrt(stats.squares / stats.count) if stats.count else 0.0
     return (np.asarray(scores, np.float64) - stats.mean) / max(deviation, 1e-8)

@@ -29,7 +29,7 @@ from dpo_jax.data.encode import Encoded, Side, image_bytes, scored_bytes
 from dpo_jax.data.loader import Batch
 from dpo_jax.locks import open_lock
 from dpo_jax.logps import completion_logps
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.types import Model, Rows, Variables
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import appending, leftovers, write_whole
@@ -250,7 +250,7 @@ class ReferenceCache:
     def _stored_identity(self) -> dict[str, Any] | None:
         """The content of identity.json; None if there is none or it is damaged."""
         try:
-            content = fit(read_object(self.directory / IDENTITY), STORED, IDENTITY)
+            content = check_shape(read_object(self.directory / IDENTITY), STORED, IDENTITY)
             return content if content["digest"] == _digest(content["identity"], content["records"]) else None
         except (FileNotFoundError, Unreadable):
             return None

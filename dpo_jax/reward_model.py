@@ -114,7 +114,7 @@ def reward_step(
     return train_step(state, rows, objective=objective, tx=tx, microbatches=microbatches, axis_name=axis_name)
 
 
-def centered(variables: Variables, rewards: Array) -> dict[str, Any]:
+def center_rewards(variables: Variables, rewards: Array) -> dict[str, Any]:
     """`variables` with the head's bias shifted so that the mean of `rewards`, which they gave, becomes 0.
 
     Section 3 of the paper does this, over completions of the data or of the reference. No preference changes.

@@ -62,7 +62,7 @@ def balance_loss(routing: Routing, *, axis_name: str | None = None) -> jax.Array
     return _balance(_sums(routing, axis_name))
 
 
-def switched(routing: Routing, other: Routing) -> jax.Array:
+def switch_rate(routing: Routing, other: Routing) -> jax.Array:
     """The fraction of (token, layer, expert) choices in `routing` that `other`, for the same rows, does not make: float32[]."""
     kept = (routing.chosen[..., :, None] == other.chosen[..., None, :]).any(axis=-1)
     gone = jnp.where(routing.counted[None, :, :, None], ~kept, False).sum(dtype=jnp.float32)

@@ -13,7 +13,7 @@ from dpo_jax.models.axes import parts_of
 from dpo_jax.token_draw import choose
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
 
-SHARE = 0.6
+MEMORY_FRACTION = 0.6
 """Largest part of a device's memory for the weights and the copy that the loop reads."""
 REFILL = 8
 """Ended lanes wait until one in this many has ended, so that restarting them costs little compared with the tokens drawn."""
@@ -62,7 +62,7 @@ class _Loop(NamedTuple):
     cache: Any
 
 
-class _Seats(NamedTuple):
+class _LanePrompts(NamedTuple):
     """Per lane: what it reads of its prompt, and the key of its completion."""
 
     start: jax.Array  # int32[R]
@@ -82,7 +82,7 @@ def draw_completions(source: Source, options: Options, *, lanes: int | None) -> 
     loop = _draw(source, options, loop, at, at.last)
     if now.busy.size == every:
         return _until(lambda loop: ~loop.lanes.busy.any(), source, options, loop, at).samples
-    return _in_turns(source, options, loop, of=every // parts)
+    return _continuous_batching(source, options, loop, of=every // parts)
 
 
 def _cache(source: Source, options: Options, lanes: Lanes) -> Any:
@@ -114,16 +114,16 @@ def loop_weights(model: Model, variables: Variables, cache: Any) -> tuple[Variab
 
 
 def _has_room(model: Model, variables: Variables) -> bool:
-    """Whether the variables and a copy in the compute type take at most `SHARE` of the device's memory."""
+    """Whether the variables and a copy in the compute type take at most `MEMORY_FRACTION` of the device's memory."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:  # a CPU
         return True
     copy = variables if model.rounded is None else jax.eval_shape(model.rounded, variables)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((variables, copy)))
-    return size / parts_of(("fsdp", "tensor", "expert")) <= SHARE * limit
+    return size / parts_of(("fsdp", "tensor", "expert")) <= MEMORY_FRACTION * limit
 
 
-def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
+def _continuous_batching(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
     """Draws the remaining completions, `of` in each part, in lanes that have ended. Each lane copies its prompt's cache."""
     times, rows, take_rows = options.completions, loop.lanes.busy.size, source.model.take_rows
     assert take_rows is not None
@@ -154,7 +154,7 @@ def _in_turns(source: Source, options: Options, loop: _Loop, *, of: int) -> Samp
     return put(results, loop.samples, loop.lanes.completion)
 
 
-def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options, loop: _Loop, at: _Seats) -> _Loop:
+def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options, loop: _Loop, at: _LanePrompts) -> _Loop:
     """Feeds the last tokens and draws the next ones, until `stop`. The first token of a completion is drawn from its prompt."""
     decode = source.model.decode
     assert decode is not None
@@ -170,7 +170,7 @@ def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options,
     return jax.lax.while_loop(lambda loop: ~stop(loop), advance, loop)
 
 
-def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax.Array) -> _Loop:
+def _draw(source: Source, options: Options, loop: _Loop, at: _LanePrompts, hidden: jax.Array) -> _Loop:
     """Draws one token per lane from `hidden[R, D]`, the state before it. Lanes that have ended stay as they are."""
     logits = source.model.unembed(source.weights, hidden)
     (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
@@ -185,9 +185,9 @@ def _draw(source: Source, options: Options, loop: _Loop, at: _Seats, hidden: jax
     return loop._replace(lanes=lanes, samples=samples, token=token)
 
 
-def _seats(source: Source, options: Options, lanes: Lanes) -> _Seats:
+def _seats(source: Source, options: Options, lanes: Lanes) -> _LanePrompts:
     start, last = take((source.start, source.last), lanes.completion // options.completions)
-    return _Seats(start, last, take(source.keys, lanes.completion))
+    return _LanePrompts(start, last, take(source.keys, lanes.completion))
 
 
 def none_drawn(rows: int, options: Options) -> Samples:

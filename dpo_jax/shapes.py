@@ -18,7 +18,7 @@ MOST = 2**53
 """Largest whole number accepted: a float does not hold larger ones exactly."""
 
 
-def fit(value: Any, shape: Shape, where: str) -> Any:
+def check_shape(value: Any, shape: Shape, where: str) -> Any:
     """`value`, if it has the shape. Raises `Unreadable` naming the first place that does not match."""
     if (wrong := misfit(value, shape)) is not None:
         place, what = wrong

@@ -102,7 +102,7 @@ def mean_grads(
     >>> state, metrics = apply_gradients(state, grads, metrics, tx=optax.sgd(0.1))
     """
     total = _psum(rows.weight.sum(), axis_name)
-    params = _of_each_device(params, axis_name)
+    params = _one_copy_per_device(params, axis_name)
 
     def weighted(params: Variables, part: Batch) -> tuple[jax.Array, Metrics]:
         losses, metrics = objective(params, part)
@@ -132,7 +132,7 @@ def mean_grads(
     # Over several devices a microbatch is rarely empty, and a condition would separate collectives.
     visit = add_if_used if parts_of(ROW_AXES) == 1 and axis_name is None else add
     shapes = jax.eval_shape(weighted, params, _first(parts))[1]
-    none = _of_each_device(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis_name)
+    none = _one_copy_per_device(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), axis_name)
     metrics, _ = jax.lax.scan(lambda metrics, part: (visit(metrics, part), None), none, parts)
     return _psum((jax.tree.map(jax.freeze, sums), metrics), axis_name)
 
@@ -159,7 +159,7 @@ def _psum(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def _of_each_device(tree: Any, axis_name: str | None) -> Any:
+def _one_copy_per_device(tree: Any, axis_name: str | None) -> Any:
     """The same values, but one copy per device under `shard_map`: the gradient of a shared copy would already be summed."""
     return tree if axis_name is None else jax.tree.map(lambda x: jax.lax.pcast(x, axis_name, to="varying"), tree)
 

@@ -26,7 +26,7 @@ Inputs = Callable[[Rows], tuple[jax.Array, Array, Mapping[str, Array]]]
 """Rows -> log-probabilities of policy and reference, float32[P, K] each, and other inputs of a loss by name, [P] or [P, K]."""
 
 
-def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatches: int, axis_name: str | None) -> Rows:
+def with_logp_gradients(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatches: int, axis_name: str | None) -> Rows:
     """`rows` with three more columns, for which `linear_loss` has the values and gradients of `loss` on the global batch."""
     here = *join(jax.lax.map(inputs, split(rows, microbatches)), rows), jnp.asarray(rows.weight)
     logps, ref_logps, extras, weight = jax.tree.map(lambda x: _of_all(x, axis_name), here)
@@ -38,16 +38,16 @@ def with_slopes(rows: Rows, inputs: Inputs, *, loss: PreferenceLoss, microbatche
     slopes, (losses, rewards) = jax.grad(total, has_aux=True)(logps)
     # `mean_grads` multiplies by the weight again, so it is divided out here. A padding example, of weight 0, has no slope.
     slopes = slopes / jnp.where(weight > 0, weight, 1)[:, None]
-    found = {"whole_losses": losses, "whole_rewards": rewards, "whole_slopes": slopes}
+    found = {"whole_losses": losses, "whole_rewards": rewards, "whole_gradients": slopes}
     count = rows.weight.shape[0]
     return rows.replace(extras={**(rows.extras or {}), **{k: _of_this(v, count, axis_name) for k, v in found.items()}})
 
 
 def linear_loss(
-    logps: Array, ref_logps: Array, *, whole_losses: Array, whole_rewards: Array, whole_slopes: Array, **others: Any
+    logps: Array, ref_logps: Array, *, whole_losses: Array, whole_rewards: Array, whole_gradients: Array, **others: Any
 ) -> tuple[jax.Array, jax.Array]:
     """A loss with given values float32[P], and with slopes float32[P, K] in `logps`. Other columns are not read."""
-    linear = (jnp.asarray(whole_slopes) * logps).sum(axis=1)
+    linear = (jnp.asarray(whole_gradients) * logps).sum(axis=1)
     return jnp.asarray(whole_losses) + linear - jax.lax.stop_gradient(linear), jnp.asarray(whole_rewards)
 
 

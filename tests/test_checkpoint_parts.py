@@ -61,12 +61,12 @@ def digest_of(folder, model, hosts):
     meeting, given = threading.Barrier(hosts), {}
 
     def of_host(number):
-        def joined(mine):
+        def all_gather(mine):
             given[number] = mine
             meeting.wait(timeout=60)
             return np.concatenate([given[one] for one in range(hosts)])
 
-        digest, read = WeightsDigest(share=(number, hosts), joined=joined), 0
+        digest, read = WeightsDigest(share=(number, hosts), joined=all_gather), 0
         for piece in read_weights(folder, model, digest=digest):
             read += piece.array.nbytes if isinstance(piece.array, np.ndarray) else 0
         return digest.hexdigest(), read, digest.all_in("float32")

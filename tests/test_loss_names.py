@@ -23,7 +23,7 @@ from dpo_jax import loss_table, losses
 from dpo_jax.cli.commands.dpo import loss_at_reference
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.logps import pair_sums
-from dpo_jax.losses import asked, named_loss, sum_of_losses, weighted_by_policy
+from dpo_jax.losses import named_loss, required_inputs, sum_of_losses, weighted_by_policy
 from dpo_jax.types import Rows
 
 STORED = json.loads((GOLDEN / "losses.json").read_text())
@@ -48,7 +48,7 @@ def of_trl(setting, cases):
     options = dict(setting["options"])
     ld_alpha = options.pop("ld_alpha", 1.0)
     loss = named_loss(setting["loss"], **options)
-    names = asked(loss)
+    names = required_inputs(loss)
 
     def mean(tokens, case):
         lengths = case["lengths"]
@@ -116,7 +116,7 @@ def drawn(pairs, seed=0):
 def bound(name, signals, **options):
     """The loss `name` with everything it asks for: a function of two arrays."""
     loss = named_loss(name, **NEEDED.get(name, {}), **options)
-    return functools.partial(loss, **{signal: signals[signal] for signal in asked(loss)})
+    return functools.partial(loss, **{signal: signals[signal] for signal in required_inputs(loss)})
 
 
 @pytest.mark.parametrize("name", NOT_IN_TRL)
@@ -191,7 +191,9 @@ def test_every_option_changes_the_loss_and_others_are_refused(name):
             along = {"f_divergence": "alpha_divergence"} if option == "f_alpha" else {}
             loss = named_loss(name, **{**needed, **along, option: value})
             before = named_loss(name, **needed, **along)
-            found, plain = (x(logps, ref, **{signal: signals[signal] for signal in asked(x)})[0] for x in (loss, before))
+            found, plain = (
+                x(logps, ref, **{signal: signals[signal] for signal in required_inputs(x)})[0] for x in (loss, before)
+            )
             assert not np.allclose(found, plain), option
         else:
             with pytest.raises(
@@ -261,7 +263,7 @@ def test_a_sum_of_losses_is_checked_at_step_0_where_all_its_parts_are():
 
 def test_a_sum_asks_for_what_its_parts_ask_for():
     loss = named_loss("dpo + 0.5*orpo + sft")
-    assert asked(loss) == {"lengths", "mean_lengths"}
+    assert required_inputs(loss) == {"lengths", "mean_lengths"}
     logps, ref, signals = drawn(4)
     parts = [bound(name, signals)(logps, ref)[0] for name in ("dpo", "orpo", "sft")]
     np.testing.assert_allclose(bound("dpo + 0.5*orpo + sft", signals)(logps, ref)[0], parts[0] + 0.5 * parts[1] + parts[2])
@@ -286,7 +288,7 @@ def test_columns_of_the_data_reach_the_parts_of_a_loss(needed):
     total = sum_of_losses([(0.5, without if needed else with_default), (2.0, named_loss("dpo"))])
     assert total(zeros, zeros, gap=3.0)[0] == pytest.approx(expected)
     nested = sum_of_losses([(4.0, weighted_by_policy(total)), (1.0, of_all)])
-    assert asked(nested) == {"aligned_logps"}
+    assert required_inputs(nested) == {"aligned_logps"}
     found = nested(zeros, zeros, gap=3.0, aligned_logps=np.log(np.float32([[0.5, 0.5]])))[0]
     assert found == pytest.approx(expected + 9)
     with pytest.raises(TypeError, match="none of these losses reads hap"):
@@ -297,8 +299,8 @@ def test_what_has_a_value_is_not_asked_for():
     def loss(logps, ref_logps, *, lengths, weight=None):
         return logps[:, 0] * lengths[:, 0], logps
 
-    assert asked(loss) == {"lengths"}
-    assert asked(functools.partial(loss, lengths=1)) == set()
+    assert required_inputs(loss) == {"lengths"}
+    assert required_inputs(functools.partial(loss, lengths=1)) == set()
 
 
 @pytest.mark.parametrize(
@@ -318,7 +320,7 @@ def test_what_is_no_loss_is_refused(text, told):
 
 
 EXAMPLES = [name for name in vars(losses) if name.endswith("_loss")] + [
-    "asked",
+    "required_inputs",
     "sum_of_losses",
     "weighted_by_policy",
     "unpaired_metrics",

@@ -118,9 +118,9 @@ def test_weight_decay_is_of_matrices(name, embeddings):
     without = updates_of(optim.make_optimizer(schedule, **options), steps)
     after = updates_of(optim.make_optimizer(schedule, weight_decay=0.5, decay_embeddings=embeddings, **options), steps)
     params, _ = map(by_name, params_and_gradients())
-    decayed = {"layers.mlp.kernel"} if name == "muon" else {*MATRICES} - (set() if embeddings else {"token_embedding"})
+    decay_mask = {"layers.mlp.kernel"} if name == "muon" else {*MATRICES} - (set() if embeddings else {"token_embedding"})
     for leaf in params:
-        if leaf not in decayed:
+        if leaf not in decay_mask:
             np.testing.assert_array_equal(after[leaf], without[leaf])
         elif name == "rmsprop":  # the term is in the gradient
             assert np.abs(after[leaf] - without[leaf]).max() > 1e-4

@@ -25,7 +25,7 @@ from dpo_jax.ppo import (
     gae,
     minibatches,
     next_kl_coef,
-    normalized,
+    normalize_scores,
     observe,
     penalized_rewards,
     policy_and_values,
@@ -164,8 +164,8 @@ def test_score_statistics_are_those_of_all_scores():
     stats = ScoreStats()
     for part in np.split(scores, [1, 5, 30]):
         stats = observe(stats, part)
-    np.testing.assert_allclose(normalized(stats, scores), (scores - scores.mean()) / scores.std(), rtol=1e-10)
-    np.testing.assert_array_equal(normalized(observe(ScoreStats(), [2.0, 2.0]), [2.0]), 0)
+    np.testing.assert_allclose(normalize_scores(stats, scores), (scores - scores.mean()) / scores.std(), rtol=1e-10)
+    np.testing.assert_array_equal(normalize_scores(observe(ScoreStats(), [2.0, 2.0]), [2.0]), 0)
 
 
 # ---- collecting

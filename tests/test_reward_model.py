@@ -13,7 +13,7 @@ from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
 from dpo_jax.lab.reward_model import RewardModel, fit_reward_model
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.reward_model import centered, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
+from dpo_jax.reward_model import center_rewards, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.optim import make_optimizer
@@ -143,7 +143,7 @@ def test_a_separable_preference_is_learned(variables):
     found = np.asarray(REWARDS(state.variables, rows))
     assert (found[::2] > found[1::2]).mean() > 0.95
     assert abs(found.mean()) > 1e-3
-    shifted = np.asarray(REWARDS(centered(state.variables, found), rows))
+    shifted = np.asarray(REWARDS(center_rewards(state.variables, found), rows))
     assert shifted.mean() == pytest.approx(0, abs=1e-5)
     np.testing.assert_allclose(shifted[::2] - shifted[1::2], found[::2] - found[1::2], atol=1e-5)
 

@@ -25,7 +25,7 @@ from dpo_jax.models.hf import load_hf
 from dpo_jax.models.lora import Lora, lora_model
 from dpo_jax.models.partial import chosen_parameters, partial_model, split
 from dpo_jax.reference import reference_logps
-from dpo_jax.routing import balance_loss, counted_tokens, switched
+from dpo_jax.routing import balance_loss, counted_tokens, switch_rate
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir
@@ -185,19 +185,19 @@ def test_the_model_that_tells_its_routing_is_the_model(variables, rows):
 
 def test_choices_that_switch_are_counted(variables, rows):
     _, routing = jax.jit(MODEL.route)(variables, rows)
-    assert float(switched(routing, routing)) == 0.0
+    assert float(switch_rate(routing, routing)) == 0.0
     turned = routing._replace(chosen=routing.chosen[..., ::-1])
-    assert float(switched(routing, turned)) == 0.0  # the same experts in another order
+    assert float(switch_rate(routing, turned)) == 0.0  # the same experts in another order
     others = (routing.chosen[0] + 1) % 4  # of {e, f} to {e + 1, f + 1}: by hand
     moved = routing._replace(chosen=routing.chosen.at[0].set(others))
     stays = (np.asarray(routing.chosen[0])[..., :, None] == np.asarray(others)[..., None, :]).any(-1)[routing.counted]
-    assert float(switched(routing, moved)) == pytest.approx((~stays).mean() / 2)
+    assert float(switch_rate(routing, moved)) == pytest.approx((~stays).mean() / 2)
 
 
 def test_in_bfloat16_few_choices_switch(variables):
     many = Layout("shared", length=32, scored=32, rows_multiple=8).rows(random_pairs(64))
     routings = (jax.jit(make_model(CONFIG, dtype=dtype).route)(variables, many)[1] for dtype in (jnp.float32, jnp.bfloat16))
-    assert 0 < float(switched(*routings)) < 0.01
+    assert 0 < float(switch_rate(*routings)) < 0.01
 
 
 def test_the_coefficient_is_that_of_config_json():

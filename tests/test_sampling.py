@@ -266,7 +266,7 @@ def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
     np.testing.assert_allclose(ours.token_logps, expected.token_logps, rtol=0, atol=0.02)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(variables))  # of 4 bytes, and most of the copy of 2
-    monkeypatch.setattr(sampling_loop, "SHARE", 1)
+    monkeypatch.setattr(sampling_loop, "MEMORY_FRACTION", 1)
     for limit, copied in ((8 * numbers, True), (5 * numbers, False)):
         device = SimpleNamespace(memory_stats=lambda limit=limit: {"bytes_limit": limit})
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])

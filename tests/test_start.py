@@ -13,7 +13,7 @@ from pathlib import Path
 from dpo_jax.cli import main
 
 for command in ("sft", "dpo"):
-    main._imported(f"dpo_jax.cli.commands.{command}")
+    main._import_without_gc(f"dpo_jax.cli.commands.{command}")
 imported = sorted(sys.modules)
 from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.runtime.compiling import keep_programs

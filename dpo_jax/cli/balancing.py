@@ -12,7 +12,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.models.families import router_coefficient
 from dpo_jax.models.lora import LORA
-from dpo_jax.routing import switched
+from dpo_jax.routing import switch_rate
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
@@ -53,7 +53,7 @@ def tell_switches(
         assert exact.route is not None
         with jax.default_matmul_precision("highest"):
             expected = exact.route(variables, rows)[1]
-        share = switched(expected, model.route(variables, rows)[1])
+        share = switch_rate(expected, model.route(variables, rows)[1])
         return jnp.broadcast_to(share, rows.weight.shape)  # one value per example, as `compile_map` requires
 
     with reported("comparing routes with float32", brief=True):

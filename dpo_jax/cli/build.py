@@ -118,7 +118,7 @@ def tokenizer_of(config: Config, *, model_path: str | None, name: str = "model.p
     for path, option in ((config.tokenizer.path, "tokenizer.path"), (model_path, name)):
         if path is not None:
             with naming_option(option, path), reported("loading the tokenizer"):
-                tokenizer = load_tokenizer(tokenizer_folder(existing(config, path, option)))
+                tokenizer = load_tokenizer(tokenizer_folder(require_model(config, path, option)))
             return _with_bos_token(config, at_date(with_template(config, tokenizer), date_of(config)))
     if config.data.source in TEXT_SOURCES:
         texts = [snippet.text for snippet in load_texts(config, "train")]
@@ -231,7 +231,7 @@ def policy_model(
     reads images, without its vision encoder. `name` is the option that `path` comes from. Weights are not read yet, so a model
     that does not fit is refused at once.
     """
-    path = existing(config, path, name)
+    path = require_model(config, path, name)
     with naming_option(name, path):
         hf = load_config(path)
         check_kind(Path(path), hf, scorer=scorer)
@@ -285,7 +285,7 @@ def naming_option(option: str, path: str) -> Iterator[None]:
         raise ConfigError(f"{option}: {path}: {error}") from error
 
 
-def existing(config: Config, path: str, name: str) -> str:
+def require_model(config: Config, path: str, name: str) -> str:
     """`path`, if it is a folder or a Hub id that exists. Otherwise raises `ConfigError` with option and remedy."""
     try:
         return str(resolve(path))

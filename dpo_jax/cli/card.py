@@ -24,7 +24,7 @@ from dpo_jax.report.record_shapes import DATA, ENV
 from dpo_jax.report.result_table import MEASURES, result_table
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.shapes import Shape, fit
+from dpo_jax.shapes import Shape, check_shape
 from dpo_jax.untrusted import Unreadable, read_lines, read_object
 
 logger = logging.getLogger(__name__)
@@ -382,7 +382,7 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _read(path: Path, shape: Shape) -> dict[str, Any]:
     """A record of the run; empty, with a warning, if it is damaged."""
     try:
-        return fit(read_object(path), shape, str(path))
+        return check_shape(read_object(path), shape, str(path))
     except FileNotFoundError:
         return {}
     except (OSError, Unreadable) as error:

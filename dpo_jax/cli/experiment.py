@@ -28,7 +28,7 @@ from dpo_jax.lab.world import SECOND, Prompts, World
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import write_json
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import writing
 
@@ -234,7 +234,7 @@ def keep_pairs(file: Path, record: Path, shared: Mapping[str, Any], preferences:
 def kept_pairs(file: Path, record: Path, shared: Mapping[str, Any]) -> list[Preference] | None:
     """The pairs in `file`, if `record` has these settings and both files are complete."""
     try:
-        found, content = fit(read_object(record), MADE, str(record)), file.read_bytes()
+        found, content = check_shape(read_object(record), MADE, str(record)), file.read_bytes()
     except (FileNotFoundError, Unreadable):
         return None
     known = json.loads(json.dumps(dict(shared)))  # as it reads after a round trip through a file

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.untrusted import Unreadable, read_object, reading
 from dpo_jax.writing import write_whole
 
@@ -74,15 +74,15 @@ def check(config: Config) -> None:
 
 def of_first_host(text: str) -> str:
     """The first host's text: hosts without a shared disk may have started on two sides of midnight, or of a commit."""
-    from dpo_jax.runtime.hosts import of_first
+    from dpo_jax.runtime.hosts import run_on_first
 
-    return of_first(lambda: text)
+    return run_on_first(lambda: text)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """The content of `fixed.json`; None if there is none."""
     try:
-        record = fit(read_object(file), {"date": str, "revisions": {str: str}}, str(file))
+        record = check_shape(read_object(file), {"date": str, "revisions": {str: str}}, str(file))
         with reading(file):
             datetime.datetime.fromisoformat(record["date"])
         return {name: record[name] for name in ("date", "revisions")}

@@ -105,7 +105,7 @@ class Vision:
 
 def has_encoder(config: Config, path: str, *, name: str) -> bool:
     """Whether the model folder of the option `name`, or the base of an adapter, has a vision encoder. Raises `ConfigError`."""
-    path = build.existing(config, path, name)
+    path = build.require_model(config, path, name)
     with build.naming_option(name, path):
         return reads_images(load_config(path))
 

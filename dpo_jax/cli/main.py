@@ -57,10 +57,10 @@ def main(args: list[str] | None = None) -> int:
     """Runs one command and returns its exit code. `args` defaults to the command line."""
     args = sys.argv[1:] if args is None else args
     with printable_output():
-        return _ended(args)
+        return _run_to_exit_code(args)
 
 
-def _ended(args: list[str]) -> int:
+def _run_to_exit_code(args: list[str]) -> int:
     """The exit code of a command, however it ends; unexpected exceptions propagate."""
     try:
         return _run(args)
@@ -184,7 +184,7 @@ def _execute(name: str, config: Config) -> int:
 
 def _ran(name: str, module: str, config: Config) -> int:
     try:
-        return _imported(module).run(config)
+        return _import_without_gc(module).run(config)
     except Exception as error:
         from dpo_jax.cli.memory_remedies import out_of_memory
 
@@ -193,7 +193,7 @@ def _ran(name: str, module: str, config: Config) -> int:
         raise told from error
 
 
-def _imported(module: str) -> ModuleType:
+def _import_without_gc(module: str) -> ModuleType:
     """A module, imported with garbage collection off: scanning its many new objects takes a sixth of the time."""
     if module in sys.modules or not gc.isenabled():
         return importlib.import_module(module)

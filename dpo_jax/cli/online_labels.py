@@ -19,7 +19,7 @@ from dpo_jax.judge.verdicts import VerdictLog
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import Asked, Compare, Label
-from dpo_jax.runtime.hosts import is_first, of_first
+from dpo_jax.runtime.hosts import is_first, run_on_first
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.study.page import WORDINGS, Comparison, Wording, make_study, render
 from dpo_jax.study.ratings import Judgment, read_key, read_raters, read_records, sealed
@@ -65,7 +65,7 @@ def by_first(compare: Compare) -> Compare:
             except Unfinished as stopped:
                 return {"unfinished": str(stopped)}
 
-        found = of_first(make)
+        found = run_on_first(make)
         if "unfinished" in found:
             raise Unfinished(found["unfinished"])
         return found["labels"]

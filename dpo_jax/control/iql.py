@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.control.policies import Network, Policy
-from dpo_jax.cpl import SegmentPairs, discounted
+from dpo_jax.cpl import SegmentPairs, discounted_sum
 from dpo_jax.rounding import Optimizer
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, TrainState, Variables
@@ -58,7 +58,7 @@ def segment_reward_step(
     """One optimizer step of a reward r(s, a) on preferences by partial return (Christiano et al. 2017). Pure."""
 
     def objective(variables: Variables, batch: SegmentPairs) -> tuple[jax.Array, Metrics]:
-        returns = discounted(reward_of(network, variables, batch.states, batch.actions), gamma)
+        returns = discounted_sum(reward_of(network, variables, batch.states, batch.actions), gamma)
         margins = returns[:, 0] - returns[:, 1]
         return -jax.nn.log_sigmoid(margins), {"accuracy": (1 + jnp.sign(margins)) / 2}
 

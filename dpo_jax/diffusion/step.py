@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from dpo_jax.diffusion.schedule import Schedule, Weighting
-from dpo_jax.losses import PreferenceLoss, asked, pair_accuracy
+from dpo_jax.losses import PreferenceLoss, pair_accuracy, required_inputs
 from dpo_jax.step import train_step
 from dpo_jax.types import Array, Metrics, TrainState, Variables
 
@@ -123,7 +123,7 @@ def diffusion_dpo_objective(
     """Losses of the pairs, float32[P], and metrics of each; `diffusion_dpo_step` takes their mean and its gradient."""
     if pairs.ref_errors is None:
         raise ValueError("the batch carries no errors of the reference: pair_errors computes them, with the same seed")
-    if names := sorted(asked(loss)):
+    if names := sorted(required_inputs(loss)):
         raise ValueError(f"this loss reads {', '.join(names)}, which images do not have: use one such as dpo, ipo or hinge")
     draws = pairs.ref_errors.shape[2]
     noise, times = draw(pairs.uid, pairs.epoch, shape=pairs.images.shape[2:], steps=schedule.steps, draws=draws, seed=seed)

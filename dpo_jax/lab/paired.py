@@ -18,7 +18,7 @@ from dpo_jax.lab.robust import Value
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.sweep import Result
 from dpo_jax.lab.world import with_interval
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.types import Array
 from dpo_jax.untrusted import Unreadable, read_lines
 from dpo_jax.writing import writing
@@ -37,7 +37,7 @@ def write_prompts(folder: Path, rows: Iterable[Mapping[str, np.ndarray]]) -> Non
 def read_prompts(folder: Path, count: int, names: Sequence[str] = ("reward",)) -> list[dict[str, Any]]:
     """The `count` rows of `PROMPTS`, each with lists under `names`. Raises `Unreadable` where they are damaged or missing."""
     file, shape = folder / PROMPTS, {name: [float] for name in names}
-    found = read_lines(file, lambda row: fit(row, shape, "no such row"))
+    found = read_lines(file, lambda row: check_shape(row, shape, "no such row"))
     if found.damaged or len(found.rows) != count:
         raise Unreadable(f"{file}: {found.words or 'lines are missing'}; delete the folder {folder}, and run again")
     return found.rows

@@ -30,7 +30,7 @@ from dpo_jax.ppo import (
     completion_ids,
     minibatches,
     next_kl_coef,
-    normalized,
+    normalize_scores,
     observe,
     ppo_step,
     prompt_batch,
@@ -231,7 +231,7 @@ class PpoMethod:
     def _points(self, log_file: Path) -> Points:
         """All points, read from the log: some may have been measured before an interruption."""
         points, each = Points(), self.options.epochs * self.options.minibatches
-        for row in hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(log_file)))):
+        for row in hosts.run_on_first(lambda: list(filter(is_evaluation, read_metrics(log_file)))):
             measured = {name.removeprefix("eval/"): value for name, value in row.items() if name != "step"}
             points.append({"step": float(row["step"] * each), **measured})
         return points
@@ -253,7 +253,7 @@ class PpoMethod:
         ]
         scores = hosts.from_first(np.asarray(reward(texts, completions)))  # other hosts may round differently
         stats = observe(ScoreStats(*map(float, state.stats)), scores)
-        normal = normalized(stats, scores).astype(np.float32)
+        normal = normalize_scores(stats, scores).astype(np.float32)
         rollout, health = self.advantages(collected, normal, kl_coef=np.float32(kl_coef))
         rng, size = copy.deepcopy(draw.orders), o.batch // o.minibatches
         trained, metrics = state.train, {}

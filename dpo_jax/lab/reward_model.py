@@ -28,7 +28,7 @@ from dpo_jax.models.families import decoder_config, family_of
 from dpo_jax.models.hf import cast, save_hf, variable_shapes
 from dpo_jax.models.scorer import scorer_settings, without_earlier_head
 from dpo_jax.models.tensors import SCORE
-from dpo_jax.reward_model import HEAD, centered, completion_rewards, reward_step, scalar_head, with_scalar_head
+from dpo_jax.reward_model import HEAD, center_rewards, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
@@ -152,7 +152,7 @@ def fit_reward_model(
     variables, figures = partitioner.to_host(state.variables), evaluate(state, steps)
     rewards = judge.of_pairs(state.variables, pairs, batch=batch)
     counts = {"step": float(best.best or steps), "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
-    return centered(variables, rewards), {**figures, **counts}
+    return center_rewards(variables, rewards), {**figures, **counts}
 
 
 def learn_reward(

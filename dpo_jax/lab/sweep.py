@@ -18,7 +18,7 @@ import jax
 from dpo_jax.data.splits import listed
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.rundir import write_json
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.untrusted import Unreadable, read_object
 from dpo_jax.writing import empty_folder
 
@@ -85,7 +85,7 @@ def sweep(
         raise ValueError(f"two runs of a sweep have one name: {sorted(name for name in names if names.count(name) > 1)}")
     jobs = 1 if jax.process_count() > 1 else jobs
     others: collections.Counter[str] = collections.Counter()
-    kept = hosts.of_first(lambda: [_finished(folder / run.name, run, shared, point, say, others) for run in runs])
+    kept = hosts.run_on_first(lambda: [_finished(folder / run.name, run, shared, point, say, others) for run in runs])
     for settings, count in others.items():
         say(f"{count} of {len(runs)} results are of other settings, and are replaced: {settings}")
     results = {run.name: None if one is None else Result(run, *one) for run, one in zip(runs, kept, strict=True)}
@@ -101,7 +101,7 @@ def sweep(
         begin = clock()
         points = perform(run, here)
         seconds = clock() - begin
-        measured = hosts.of_first(lambda: {"points": points, "seconds": seconds})
+        measured = hosts.run_on_first(lambda: {"points": points, "seconds": seconds})
         if hosts.is_first():
             write_json(here / RESULT, {**_identity(run, shared), "measured": measured, "digest": _digest(measured)})
         return Result(run, **measured)
@@ -163,7 +163,7 @@ def _finished(
             others[listed(differing)] += 1
             return None
         measured = found.get("measured", found)  # earlier versions had no digest, and stored these keys next to `run`
-        fit(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))
+        check_shape(measured, {"points": [{**point, str: (float, None)}], "seconds": float}, str(folder / RESULT))
         if not measured["points"] or ("measured" in found and found.get("digest") != _digest(measured)):
             raise Unreadable(f"{folder / RESULT}: what was measured differs from its digest")
     except FileNotFoundError:

@@ -13,8 +13,8 @@ with the keyword `weight` looks across the batch, and splitting that batch costs
 
 from dpo_jax.losses.combine import SIGNALS as SIGNALS
 from dpo_jax.losses.combine import PreferenceLoss as PreferenceLoss
-from dpo_jax.losses.combine import asked as asked
 from dpo_jax.losses.combine import named_loss as named_loss
+from dpo_jax.losses.combine import required_inputs as required_inputs
 from dpo_jax.losses.combine import sum_of_losses as sum_of_losses
 from dpo_jax.losses.combine import weighted_by_policy as weighted_by_policy
 from dpo_jax.losses.combine import whole_set_signals as whole_set_signals

@@ -31,10 +31,10 @@ SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
 """
 
 
-def asked(loss: Callable[..., Any]) -> frozenset[str]:
+def required_inputs(loss: Callable[..., Any]) -> frozenset[str]:
     """The `SIGNALS` that a loss takes: its keyword arguments of those names without a default.
 
-    >>> sorted(asked(partial(length_normalized_loss, beta=5.0)))
+    >>> sorted(required_inputs(partial(length_normalized_loss, beta=5.0)))
     ['lengths']
     """
     parameters = inspect.signature(loss).parameters
@@ -91,7 +91,7 @@ def sum_of_losses(parts: Sequence[tuple[float, PreferenceLoss]]) -> PreferenceLo
         )
         return combined, found[0][1]
 
-    return _asking(total, [keyword for _, loss in parts for keyword in _keywords(loss)])
+    return _with_keywords(total, [keyword for _, loss in parts for keyword in _keywords(loss)])
 
 
 def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
@@ -103,7 +103,7 @@ def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
     >>> print(loss(np.zeros((1, 2)), np.zeros((1, 2)), aligned_logps=np.log([[0.5, 0.5]]))[0])  # log(2) / 4
     [0.1732868]
     """
-    also = "aligned_logps" in asked(loss)
+    also = "aligned_logps" in required_inputs(loss)
 
     def weighted(logps: Array, ref_logps: Array, *, aligned_logps: Array, **signals: Array) -> tuple[jax.Array, jax.Array]:
         signals |= {"aligned_logps": aligned_logps} if also else {}
@@ -112,7 +112,7 @@ def weighted_by_policy(loss: PreferenceLoss) -> PreferenceLoss:
         return losses * jax.lax.stop_gradient(weights), rewards
 
     own = inspect.Parameter("aligned_logps", inspect.Parameter.KEYWORD_ONLY)
-    return _asking(weighted, [*_keywords(loss), own])
+    return _with_keywords(weighted, [*_keywords(loss), own])
 
 
 def _keywords(loss: PreferenceLoss) -> list[inspect.Parameter]:
@@ -126,7 +126,7 @@ def _read(loss: PreferenceLoss, signals: Mapping[str, Array]) -> dict[str, Array
     return {name: value for name, value in signals.items() if every or name in {keyword.name for keyword in keywords}}
 
 
-def _asking(loss: PreferenceLoss, keywords: Sequence[inspect.Parameter]) -> PreferenceLoss:
+def _with_keywords(loss: PreferenceLoss, keywords: Sequence[inspect.Parameter]) -> PreferenceLoss:
     """`loss` with a signature that has these keywords; one that is there twice has a default only if both have one."""
     found: dict[str, inspect.Parameter] = {}
     for keyword in keywords:
@@ -146,7 +146,7 @@ def whole_set_signals(
     `lengths` is float[P, K]; `desirable` float[P] holds the labels of single completions. `aligned_logps` are 0: WPO's weights
     belong to training, and held-out pairs count alike.
     """
-    names = asked(loss)
+    names = required_inputs(loss)
     if "desirable" in names and desirable is None:
         raise ValueError("this loss needs labels: desirable [P], 1 or 0")
     if lengths is None:

@@ -26,9 +26,9 @@ import numpy as np
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.online.choices import shares_won
-from dpo_jax.runtime.hosts import from_first, is_first, of_first
+from dpo_jax.runtime.hosts import from_first, is_first, run_on_first
 from dpo_jax.runtime.progress import SAY, reported
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.training.fingerprint import check_settings
 from dpo_jax.untrusted import LongLine, Unreadable, lines_of, parse_object, regular
 from dpo_jax.writing import appending, write_whole
@@ -64,7 +64,7 @@ class LabelLog:
         self._key = hashlib.blake2b(json.dumps(self._settings, sort_keys=True).encode()).digest()
         if is_first():
             self._open(say)
-        for number, label, *key in of_first(self._known):
+        for number, label, *key in run_on_first(self._known):
             self._labels[tuple(key)], self._rounds[tuple(key)] = label, number
 
     def _known(self) -> list[Any]:
@@ -138,7 +138,7 @@ class LabelLog:
         if check != self._sum(record) or not line.endswith(b"\n"):
             raise Unreadable("differs from its checksum")
         if number > 1:
-            fit({**record, "check": check}, LINE, "no label")
+            check_shape({**record, "check": check}, LINE, "no label")
             key = (record["prompt"], *record["completions"])
             self._labels[key], self._rounds[key] = record["label"], record["round"]
         return record

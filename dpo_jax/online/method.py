@@ -53,7 +53,7 @@ class OnlineMethod:
             labels = float(log.total((done - 1) // options.steps))
             measured = world.measure(state.variables)
             # It decides which policy is kept, and all hosts must save the same one.
-            points.append(hosts.of_first(lambda: {"step": float(done), **measured, "labels": labels}))
+            points.append(hosts.run_on_first(lambda: {"step": float(done), **measured, "labels": labels}))
             keep(points[-1], state.variables)
             return points[-1]
 

@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo_jax.runtime.hosts import barrier, is_first, of_first
+from dpo_jax.runtime.hosts import barrier, is_first, run_on_first
 from dpo_jax.runtime.rundir import write_json
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_object
 
@@ -77,11 +77,11 @@ class KeptReferences:
     def _record(self, number: int) -> dict[str, str] | None:
         def read() -> dict[str, str] | None:
             try:
-                return fit(read_object(self._file(number)), {"weights": str, "digest": str}, str(self._file(number)))
+                return check_shape(read_object(self._file(number)), {"weights": str, "digest": str}, str(self._file(number)))
             except (OSError, Unreadable):
                 return None
 
-        return of_first(read)
+        return run_on_first(read)
 
     def _path(self, number: int) -> Path:
         return self.folder / f"round-{number:03}"

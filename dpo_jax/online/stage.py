@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_jax.data.terminal import json_text
-from dpo_jax.runtime.hosts import is_first, of_first
+from dpo_jax.runtime.hosts import is_first, run_on_first
 from dpo_jax.runtime.progress import SAY
 from dpo_jax.runtime.rundir import write_json
-from dpo_jax.shapes import Shape, fit
+from dpo_jax.shapes import Shape, check_shape
 from dpo_jax.training.fingerprint import check_settings
 from dpo_jax.untrusted import Unreadable, read_bytes, read_lines, read_object, regular
 from dpo_jax.writing import write_whole
@@ -48,7 +48,7 @@ class Stage:
         self._weights = dict(weights)
         self._files: dict[str, str] = {}
         self._record: dict[str, Any] = {}
-        found = of_first(lambda: read_stage(folder, say=say))
+        found = run_on_first(lambda: read_stage(folder, say=say))
         if found is None:
             return
         check_settings(str(folder), found["settings"], self._settings)
@@ -61,7 +61,7 @@ class Stage:
         """Whether file `name` is finished and unchanged."""
         if name not in self._files:
             return False
-        whole = of_first(lambda: self._is_whole(name))
+        whole = run_on_first(lambda: self._is_whole(name))
         if not whole:
             self._say(f"{self.folder / name}: damaged or changed; it is made again")
         return whole
@@ -79,12 +79,12 @@ class Stage:
         """The rows of file `name`, which must have passed `has`. Raises `Unreadable` for rows of another shape."""
 
         def read() -> list[dict[str, Any]]:
-            found = read_lines(self.folder / name, lambda row: fit(row, shape, "no such row"))
+            found = read_lines(self.folder / name, lambda row: check_shape(row, shape, "no such row"))
             if found.damaged:
                 raise Unreadable(f"{self.folder / name}: {found.words}")
             return found.rows
 
-        return of_first(read)
+        return run_on_first(read)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Marks the whole round as finished. `record`: JSON values about it."""
@@ -117,7 +117,7 @@ class Stage:
 def read_stage(folder: Path, *, say: Callable[[str], None] = SAY) -> dict[str, Any] | None:
     """The content of the `stage.json` in `folder`; None if it is missing, or damaged (reported to `say`)."""
     try:
-        found = fit(read_object(folder / STAGE), CONTENT, str(folder / STAGE))
+        found = check_shape(read_object(folder / STAGE), CONTENT, str(folder / STAGE))
         digest = found.pop("digest")
         if digest != _digest(found):
             raise Unreadable(f"{folder / STAGE}: differs from its digest")

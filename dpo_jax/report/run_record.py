@@ -19,7 +19,7 @@ from dpo_jax.data.pairs import FILTERED
 from dpo_jax.models.folder import ADAPTER
 from dpo_jax.report.record_shapes import AUDITED, BAD_BATCH, DATA, ENV, REPORTS, RESULTS, RESUMED
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics_lines
-from dpo_jax.shapes import Shape, fit, misfit
+from dpo_jax.shapes import Shape, check_shape, misfit
 from dpo_jax.untrusted import Lines, Unreadable, read_lines, read_object, read_text, reading, regular
 
 T = TypeVar("T")
@@ -87,11 +87,11 @@ class Stage:
 
     def read_object(self, file: str, shape: Shape) -> dict[str, Any]:
         """The JSON object in a file; empty if it is missing or has another shape, which is recorded as a problem."""
-        return self.read(file, lambda path: fit(read_object(path), shape, str(path)), {})
+        return self.read(file, lambda path: check_shape(read_object(path), shape, str(path)), {})
 
     def read_lines(self, file: str, shape: Shape) -> list[dict[str, Any]]:
         """The objects in a JSON Lines file. Damaged lines are left out and recorded as a problem."""
-        return self._sound(file, lambda path: read_lines(path, lambda row: fit(row, shape, "no such row")))
+        return self._sound(file, lambda path: read_lines(path, lambda row: check_shape(row, shape, "no such row")))
 
     def _sound(self, file: str, reader: Callable[[Path], Lines]) -> list[dict[str, Any]]:
         found = self.read(file, reader, Lines([], []))

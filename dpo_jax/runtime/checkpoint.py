@@ -177,7 +177,7 @@ class Checkpoints:
         damaged: list[int] = []
         unfinished = self._last_begun()  # read before any seal: a running process seals a step and then clears this
         # A folder that hosts share over a network need not look the same to all of them at once.
-        steps: list[int] = hosts.of_first(lambda: sorted(self._manager.all_steps(), reverse=True))
+        steps: list[int] = hosts.run_on_first(lambda: sorted(self._manager.all_steps(), reverse=True))
         if only is not None and only not in steps:
             raise LookupError(f"{self.directory} has no step {only}, but {', '.join(map(str, steps[::-1])) or 'none'}")
         for step in steps if only is None else [only]:
@@ -199,7 +199,7 @@ class Checkpoints:
                 raise CheckpointDamaged(f"{self.directory}: no checkpoint verifies (steps {damaged})")
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"no checkpoint verifies (steps {damaged}, now in {where}); {_TO_START_OVER}")
-        if not self._read_only and (lost := hosts.of_first(self.quarantined)):
+        if not self._read_only and (lost := hosts.run_on_first(self.quarantined)):
             where = self.directory / QUARANTINE
             raise CheckpointDamaged(f"there are only steps {lost} in {where}, which did not verify; {_TO_START_OVER}")
         return None
@@ -298,7 +298,7 @@ class Checkpoints:
     def _set_aside(self, step: int, error: Exception) -> list[int]:
         """Moves a step that did not verify to quarantine, and returns [step]. An empty folder is deleted, no loss: []."""
         source = self.directory / str(step)
-        lost: list[int] = hosts.of_first(lambda: [step] if source.exists() and any(source.iterdir()) else [])
+        lost: list[int] = hosts.run_on_first(lambda: [step] if source.exists() and any(source.iterdir()) else [])
         done = "left where it is"
         if not self._read_only:
             if hosts.is_first() and lost:

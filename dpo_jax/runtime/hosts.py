@@ -114,7 +114,7 @@ def from_first(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.broadcast_one_to_all(as_bytes)).view(array.dtype)
 
 
-def of_first(make: Callable[[], Any]) -> Any:
+def run_on_first(make: Callable[[], Any]) -> Any:
     """The result of `make()`, called on the first host only and sent to all: JSON values."""
     if jax.process_count() == 1:
         return make()
@@ -145,7 +145,7 @@ def gathered_chunks(leaf: Any, *, max_bytes: int = 256 << 20, multiple_of: int =
         yield whole(leaf[first : first + run])
 
 
-def joined(mine: np.ndarray) -> np.ndarray:
+def all_gather(mine: np.ndarray) -> np.ndarray:
     """The equally shaped arrays of all hosts, concatenated."""
     return np.asarray(multihost_utils.process_allgather(mine, tiled=True))
 
@@ -159,7 +159,7 @@ def shared_digest() -> WeightsDigest:
     """A digest of weights, computed by the hosts in shares of the parameters. All hosts read the same weights."""
     if jax.process_count() == 1:
         return WeightsDigest()
-    return WeightsDigest(share=(jax.process_index(), jax.process_count()), joined=joined)
+    return WeightsDigest(share=(jax.process_index(), jax.process_count()), joined=all_gather)
 
 
 def agreement() -> Callable[[int], int]:

@@ -138,7 +138,7 @@ def make_optimizer(
     rate: Any = learning_rate
     clip: list[Any] = [] if max_grad_norm is None else [_clip_by_global_norm(max_grad_norm)]
     options = optimizer_table.options_of(name, given)
-    decay, mask = options.pop("weight_decay"), functools.partial(decayed, embeddings=options.pop("decay_embeddings", False))
+    decay, mask = options.pop("weight_decay"), functools.partial(decay_mask, embeddings=options.pop("decay_embeddings", False))
     if name in ("rmsprop", "sgd"):
         coupled = [optax.add_decayed_weights(decay, mask)] if decay else []
         last = optax.sgd(rate, **options) if name == "sgd" else optax.rmsprop(rate, decay=0.99, eps=1e-8, eps_in_sqrt=False)
@@ -170,14 +170,14 @@ def _muon(rate: Any, decay: float, *, momentum: float, eps: float, b1: float, b2
         adam_b2=b2,
         weight_decay=decay,
         consistent_rms=0.2,  # updates as large as AdamW's, so that both parts can share a learning rate
-        muon_weight_dimension_numbers=orthogonalized,
+        muon_weight_dimension_numbers=muon_axes,
     )
 
 
-def decayed(params: Any, *, embeddings: bool = True) -> Any:
+def decay_mask(params: Any, *, embeddings: bool = True) -> Any:
     """Mask of leaves with weight decay: a tree of bools like `params`. Norms and biases have none, embeddings optionally.
 
-    >>> decayed({"norm": {"scale": 0}, "up": {"kernel": 0, "bias": 0}, "token_embedding": 0}, embeddings=False)
+    >>> decay_mask({"norm": {"scale": 0}, "up": {"kernel": 0, "bias": 0}, "token_embedding": 0}, embeddings=False)
     {'norm': {'scale': False}, 'token_embedding': False, 'up': {'bias': False, 'kernel': True}}
     """
 
@@ -188,7 +188,7 @@ def decayed(params: Any, *, embeddings: bool = True) -> Any:
     return jax.tree_util.tree_map_with_path(of, params)
 
 
-def orthogonalized(params: Any) -> Any:
+def muon_axes(params: Any) -> Any:
     """The axes of each matrix that Muon orthogonalizes; None for leaves updated by AdamW: embeddings, heads, norms and biases.
 
     The last two axes form the matrix; axes before them (layers) are batch axes.

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.models.checkpoint_stream import Part, assemble, assemble_parts, path_of
-from dpo_jax.runtime.hosts import joined, whole
+from dpo_jax.runtime.hosts import all_gather, whole
 from dpo_jax.runtime.mesh import (
     Units,
     host_part,
@@ -89,7 +89,7 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
 
         def run(variables, rows):
             mine = jax.tree.map(_join, jax.device_get(compiled(variables, split_rows(rows, count))))
-            return mine if part[1] == 1 else jax.tree.map(joined, mine)
+            return mine if part[1] == 1 else jax.tree.map(all_gather, mine)
 
         return run
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from dpo_jax.extras import install_command
 from dpo_jax.runtime.fit import Interrupted, Preempted
 from dpo_jax.runtime.metrics import Row, is_evaluation, tell_failure
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.untrusted import Unreadable, parse_object, read_object, read_text, regular
 from dpo_jax.writing import naming, write_text
 
@@ -129,7 +129,7 @@ class Delivery:
 
     def _recorded(self, rows: Sequence[Row]) -> tuple[int, bool]:
         try:
-            found = fit(read_object(self._record), {"step": int, "training": bool}, str(self._record))
+            found = check_shape(read_object(self._record), {"step": int, "training": bool}, str(self._record))
             return found["step"], found["training"]
         except FileNotFoundError:
             return _NOTHING

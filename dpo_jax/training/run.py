@@ -246,7 +246,7 @@ def _resume(
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
-    if not hosts.of_first(lambda: checkpoints.latest_step() is not None or bool(checkpoints.quarantined())):
+    if not hosts.run_on_first(lambda: checkpoints.latest_step() is not None or bool(checkpoints.quarantined())):
         return state  # without a copy of the state, whose form reading needs
     found = _read(checkpoints, state, partitioner)
     if found is None:

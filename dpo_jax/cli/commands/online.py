@@ -77,7 +77,7 @@ def run(config: Config) -> int:
         before = _measured(world, world.reference)
         print(f"the reference: {_words(before)}", flush=True)
         state = _train(config, section, run_dir, world, rounds, digests, saved=saved)
-        points = hosts.of_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
+        points = hosts.run_on_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
         if hosts.is_first():
             write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})

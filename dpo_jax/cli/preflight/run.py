@@ -23,7 +23,7 @@ from dpo_jax.cli.preflight.online import rounds
 from dpo_jax.cli.preflight.packages import bench_packages, check_bucket, judge_packages, reward_packages, writers
 from dpo_jax.cli.preflight.scope import Scope
 from dpo_jax.cli.report_files import earlier_images
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.training.fingerprint import check_same_data, check_settings, data_changes
 from dpo_jax.untrusted import Unreadable, read_object
 
@@ -101,7 +101,7 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     with identity.refusing_mismatch():
         check_settings(str(folder), was, now)
     try:
-        report = fit(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
+        report = check_shape(read_object(folder / "data_report.json"), TRAINED_ON, "data_report.json")["train"]
     except (OSError, Unreadable):  # missing or damaged: nothing is computed from it
         return
     was, now = {ROWS: most(report["rows"], before.data.max_train)}, {ROWS: check.rows}

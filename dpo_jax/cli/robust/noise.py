@@ -32,7 +32,7 @@ from dpo_jax.lab.robust import EQUAL_KL, Grid, cell, curve_at
 from dpo_jax.lab.robust_plot import Curve
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.losses import dpo_loss, ipo_loss, robust_loss
-from dpo_jax.shapes import fit
+from dpo_jax.shapes import check_shape
 from dpo_jax.types import Variables
 from dpo_jax.untrusted import Unreadable, read_lines
 from dpo_jax.writing import writing
@@ -123,7 +123,7 @@ class Experiment:
         """True rewards [P, M] of the reference's own samples."""
         file = self.setup.folder / "runs" / run.name / REWARDS
         shape = {"rewards": [float]}
-        found = read_lines(file, lambda row: fit(row, shape, "no such row"))
+        found = read_lines(file, lambda row: check_shape(row, shape, "no such row"))
         lengths = {len(row["rewards"]) for row in found.rows}
         if found.damaged or lengths != {run.settings["samples"]}:
             raise Unreadable(f"{file}: {found.words or 'samples are missing'}; delete the folder {file.parent}, and run again")
