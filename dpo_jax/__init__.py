@@ -31,7 +31,12 @@ if TYPE_CHECKING:
     from dpo_jax.data.layout import plain_rows as plain_rows
     from dpo_jax.data.layout import ranking_rows as ranking_rows
     from dpo_jax.data.layout import shared_rows as shared_rows
+    from dpo_jax.data.loader import plan_layout as plan_layout
+    from dpo_jax.data.loader import total_steps as total_steps
+    from dpo_jax.data.loader import train_batches as train_batches
+    from dpo_jax.data.prepare import data_digest as data_digest
     from dpo_jax.data.sources import load_preferences as load_preferences
+    from dpo_jax.data.unpaired import mismatched as mismatched
     from dpo_jax.dataset_logps import reference_logps_of as reference_logps_of
     from dpo_jax.dpo import dpo_objective as dpo_objective
     from dpo_jax.dpo import dpo_step as dpo_step
@@ -56,6 +61,10 @@ if TYPE_CHECKING:
     from dpo_jax.models.families import hf_config as hf_config
     from dpo_jax.models.hf import load_hf as load_hf
     from dpo_jax.models.hf import save_hf as save_hf
+    from dpo_jax.models.lora import Lora as Lora
+    from dpo_jax.models.lora import lora_model as lora_model
+    from dpo_jax.models.lora import merge_adapter as merge_adapter
+    from dpo_jax.models.targets import lora_targets as lora_targets
     from dpo_jax.ppo import advantages as advantages
     from dpo_jax.ppo import collect as collect
     from dpo_jax.ppo import minibatches as minibatches
@@ -66,8 +75,14 @@ if TYPE_CHECKING:
     from dpo_jax.reward_model import completion_rewards as completion_rewards
     from dpo_jax.reward_model import reward_step as reward_step
     from dpo_jax.reward_model import with_scalar_head as with_scalar_head
+    from dpo_jax.rounding import stochastic_rounding as stochastic_rounding
+    from dpo_jax.runtime.checkpoint import Checkpoints as Checkpoints
+    from dpo_jax.runtime.mesh import make_mesh as make_mesh
     from dpo_jax.runtime.optim import linear_warmup as linear_warmup
     from dpo_jax.runtime.optim import make_optimizer as make_optimizer
+    from dpo_jax.runtime.parallel import mesh_partitioner as mesh_partitioner
+    from dpo_jax.runtime.parallel import pmap_partitioner as pmap_partitioner
+    from dpo_jax.runtime.parallel import single_device as single_device
     from dpo_jax.sampling import generate as generate
     from dpo_jax.sampling import left_pad as left_pad
     from dpo_jax.sft import sft_step as sft_step
@@ -95,7 +110,10 @@ _HOMES = {
         "ranking_rows",
         "shared_rows",
     ),
+    "data.loader": ("plan_layout", "total_steps", "train_batches"),
+    "data.prepare": ("data_digest",),
     "data.sources": ("load_preferences",),
+    "data.unpaired": ("mismatched",),
     "dataset_logps": ("reference_logps_of",),
     "dpo": ("dpo_objective", "dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
@@ -104,10 +122,16 @@ _HOMES = {
     "models.decoder": ("make_model",),
     "models.families": ("decoder_config", "hf_config"),
     "models.hf": ("load_hf", "save_hf"),
+    "models.lora": ("Lora", "lora_model", "merge_adapter"),
+    "models.targets": ("lora_targets",),
     "ppo": ("advantages", "collect", "minibatches", "next_kl_coef", "ppo_step", "prompt_batch"),
     "reference": ("reference_logps",),
     "reward_model": ("completion_rewards", "reward_step", "with_scalar_head"),
+    "rounding": ("stochastic_rounding",),
+    "runtime.checkpoint": ("Checkpoints",),
+    "runtime.mesh": ("make_mesh",),
     "runtime.optim": ("linear_warmup", "make_optimizer"),
+    "runtime.parallel": ("mesh_partitioner", "pmap_partitioner", "single_device"),
     "sampling": ("generate", "left_pad"),
     "sft": ("sft_step",),
     "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),

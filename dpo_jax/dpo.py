@@ -87,8 +87,8 @@ def dpo_objective(
     means = batch_means(rows) if means is None else means
     logps, ref_logps, extras = _loss_inputs(variables, rows, model=model, loss=loss, ld_alpha=ld_alpha, means=means)
     found = loss(logps, ref_logps, **extras)
-    if not (isinstance(found, tuple) and len(found) == 2):
-        raise TypeError(f"a loss returns (losses [P], rewards [P, K]), but this one returns {type(found).__name__}")
+    if not (isinstance(found, tuple) and len(found) == 2 and jnp.shape(found[1]) == logps.shape):
+        raise TypeError(f"a loss returns (losses [P], rewards {list(logps.shape)}), not {jax.tree.map(jnp.shape, found)}")
     losses, rewards = found
     if means.desirable is not None:
         labels = (rows.extras or {})["desirable"]
@@ -101,7 +101,7 @@ def _loss_inputs(
 ) -> tuple[jax.Array, Array, dict[str, Array]]:
     """The log-probabilities of policy and reference, float32[P, K] each, and what else the loss takes, by keyword."""
     if rows.ref_logps is None:
-        raise ValueError("the batch carries no reference log-probabilities: give the layout `ref_logps`")
+        raise ValueError("no reference log-probabilities: give the layout `ref_logps` (zeros, if the loss reads none)")
     hidden = scored_hidden(model, variables, rows)
     supplied = {
         "lengths": lambda: completion_lengths(rows),

@@ -67,9 +67,9 @@ def init_state(variables: Variables, tx: Optimizer, *, frozen: Variables | None 
     """The training state before the first step: `variables` are trained, `frozen` are only read.
 
     Both are nested dicts {collection: {name: array[...]}}, as `Model.init` and `load_hf` return them, and must not share a
-    collection; `tx` is any optax transformation. Returns a `TrainState` with step int32[] 0. `model.forward` gets
-    `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}. The arrays are not copied: a step that
-    donates its state deletes `variables` as well. To use them later, pass a copy (`jax.tree.map(jnp.copy, variables)`).
+    collection; `tx` is any optax transformation that needs no value of the loss. Returns a `TrainState` with step int32[] 0.
+    `model.forward` gets `{**frozen, **variables}`: for LoRA, freeze {"params": base} and train {"lora": ...}. The arrays are
+    not copied: a step that donates its state deletes `variables` as well. To use them later, pass a copy.
 
     >>> state = init_state(variables, tx)
     >>> int(state.step), state.variables.keys()

@@ -248,6 +248,20 @@ def test_the_storage_of_another_host_moves_nothing_here(copy, monkeypatch):
     assert quarantined(copy) == []
 
 
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), ValueError("NOT_FOUND: gone [os_error_code='2']")], ids=repr)
+def test_a_file_that_the_first_host_sees_and_this_one_does_not_is_no_damage(copy, monkeypatch, error):
+    def failing(*arguments, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_read_leaves", failing)
+        patch.setattr(hosts, "run_on_first", lambda make: True if make() in (True, False) else make())  # the first one reads it
+        with pytest.raises(type(error), match="gone"):
+            restored(copy)
+    assert quarantined(copy) == []
+    assert digest(restored(copy)[0]) == digest(numbered(20))
+
+
 def test_a_stray_empty_folder_is_not_the_latest_step(copy, tmp_path):
     (copy / "30").mkdir()
     assert digest(restored(copy)[0]) == digest(numbered(20))
@@ -292,7 +306,9 @@ def test_no_step_that_verifies_is_an_error_and_not_a_fresh_start(copy):
     with pytest.raises(CheckpointDamaged, match=r"steps \[20, 10\], now in .*quarantine"):
         restored(copy)
     assert quarantined(copy) == ["10-0", "20-0"]
-    with pytest.raises(CheckpointDamaged, match=r"only steps \[10, 20\] in .*quarantine.*to train from the beginning, delete"):
+    with pytest.raises(
+        CheckpointDamaged, match=r"only steps \[10, 20\] in .*quarantine.*or delete them to train from the beginning"
+    ):
         restored(copy)  # as by an automatic restart
     shutil.rmtree(copy / "quarantine")
     assert restored(copy) is None

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.data.encode import EosInText, adds_bos, cut_prompt, encode, token_ids, with_bos
+from dpo_jax.data.encode import Encoded, EosInText, adds_bos, cut_prompt, encode, token_ids, with_bos
+from dpo_jax.data.layout import plain_rows, shared_rows
 from dpo_jax.data.pairs import BadRow
 from dpo_jax.data.prepare import data_digest
+from dpo_jax.data.unpaired import mismatched
 from dpo_jax.reference import pair_key
 
 CASES = json.loads((GOLDEN / "tokenization.json").read_text())
@@ -238,3 +240,37 @@ def test_a_sample_that_was_cut_has_no_end(tokenizer):
     assert [*found.rejected, tokenizer.eos_token_id] == whole.rejected.tolist()
     with pytest.raises(ValueError, match="rejected contains the end-of-sequence token"):
         encode(pair | {"rejected": f" a{tokenizer.eos_token}"}, tokenizer, max_length=64, max_prompt_length=32)
+
+
+@pytest.mark.parametrize("label", [True, np.True_, 1, 1.0, np.float32(1), np.int64(1)], ids=repr)
+def test_labels_of_data_frames_are_labels(label, tokenizer):
+    text = {"prompt": "The film was", "chosen": " fine", "rejected": " fine"}
+    for value, expected in ((label, 1.0), (type(label)(0), 0.0)):
+        found = encode(text | {"desirable": value}, tokenizer, **LIMITS)
+        assert plain_rows([found], length=64).extras["desirable"].tolist() == [expected]
+    for value in ("true", 2, np.nan, [True]):
+        with pytest.raises(ValueError, match="a label is True or False"):
+            encode(text | {"desirable": value}, tokenizer, **LIMITS)
+
+
+def test_labeled_completions_need_mismatched_ones(tokenizer):
+    texts = ({"prompt": "The film was", "chosen": f" {word}", "rejected": f" {word}"} for word in ("fine", "bad", "long"))
+    labeled = [encode(text | {"desirable": True}, tokenizer, **LIMITS) for text in texts]
+    with pytest.raises(ValueError, match="its own mismatched one"):
+        plain_rows(labeled, length=64)
+    assert len(plain_rows(mismatched(labeled, max_length=64), length=64).tokens) == 6
+
+
+def test_python_lists_are_ids_and_arrays_are_messages(tokenizer):
+    one, other = Encoded([5, 6], [7, 0], [8, 9, 0]), Encoded(np.int32([5, 6]), np.int32([7, 0]), np.int32([8, 9, 0]))
+    assert shared_rows([one], length=16).tokens.tolist() == shared_rows([other], length=16).tokens.tolist()
+    with pytest.raises(BadRow, match="a list of completions is needed, this is one text"):
+        encode({"prompt": "a", "chosen": "b", "rejected": "c", "between": " ok."}, tokenizer, **LIMITS)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    said = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    lists = {"prompt": [{"role": "user", "content": "Hi"}], **said}
+    expected = encode(lists, tokenizer, **LIMITS)
+    for make in (tuple, np.array):
+        found = encode({name: make(messages) for name, messages in lists.items()}, tokenizer, **LIMITS)
+        assert found.chosen.tolist() == expected.chosen.tolist()

@@ -424,3 +424,17 @@ def test_peft_and_we_read_each_other(tmp_path):
         loaded = logits_of(*load_hf(folder / "theirs"), rows)
         theirs = load_file(folder / "theirs.safetensors")["logits"]
         np.testing.assert_allclose(loaded, theirs, rtol=0, atol=1e-5, err_msg=f"{folder.name} theirs")
+
+
+def test_a_base_model_refuses_an_adapter_that_nobody_scaled(base, rows):
+    """It does not know alpha."""
+    both = {**base, **ADAPTED.init(jax.random.key(1))}
+    for function in (MODEL.forward, lambda *given: MODEL.decode(*given, MODEL.init_cache(len(rows.tokens), 64))):
+        with pytest.raises(ValueError, match="take the model of lora_model"):
+            jax.eval_shape(function, both, rows)
+
+
+@pytest.mark.parametrize("targets", ["attention", ("q_proj", "v_proj")])
+def test_targets_that_are_no_kernels_are_refused(targets):
+    with pytest.raises(ValueError, match="as from lora_targets, which also takes names of modules such as q_proj"):
+        lora_model(MODEL, Lora(4, 8.0, targets))

@@ -271,11 +271,10 @@ def saved(variables, tmp_path_factory):
 def test_a_state_saved_on_2_x_2_is_restored_anywhere(make, saved, variables):
     directory, expected = saved
     partitioner = make()
-    form = partitioner.get_state(start(partitioner, variables))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)), form)
     with Checkpoints(directory, read_only=True) as checkpoints:
-        found = checkpoints.restore_latest(abstract)
+        found = checkpoints.restore_latest(partitioner.saved_shapes(start(partitioner, variables)))
     placed = partitioner.put_state(found[0])
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(found[0]) if isinstance(leaf, jax.Array)), "held twice"
     jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(b.sharding)), placed, start(partitioner, variables))
     jax.tree.map(np.testing.assert_array_equal, partitioner.to_host(placed), expected)
 
@@ -397,3 +396,10 @@ def test_a_state_with_something_unknown_in_it_is_refused(variables):
     state = init_state(variables, TX).replace(opt_state={"history": np.zeros((30, 20))})
     with pytest.raises(MeshError, match=r"opt_state.history \(30, 20\): belongs to no parameter"):
         on_mesh(fsdp=4).put_state(state)
+
+
+def test_under_pmap_a_step_needs_its_axis():
+    """Without it, each device would train on rows of its own."""
+    step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSS)
+    with pytest.raises(ValueError, match="a step needs axis_name"):
+        pmap_partitioner().compile_step(step)

@@ -488,7 +488,8 @@ def test_a_pair_loss_on_rankings_is_refused():
             lambda losses, rewards: (losses.mean(), rewards),
             r"loss has the shape \(\), and one value for each of the 8 examples",
         ),
-        (lambda losses, rewards: losses, r"a loss returns \(losses \[P\], rewards \[P, K\]\)"),
+        (lambda losses, rewards: losses, r"a loss returns \(losses \[P\], rewards \[8, 2\]\), not \(8,\)"),
+        (lambda losses, rewards: (losses, rewards[:, 0]), r"rewards \[8, 2\]\), not \(\(8,\), \(8,\)\)"),
     ],
 )
 def test_a_loss_of_another_shape_is_refused(variables, tx, wrong, told):

@@ -113,6 +113,14 @@ def test_a_run_that_has_stopped_takes_no_step_more(whole):
     assert kept(folder) == [4, 9, 10]
 
 
+def test_a_stop_that_a_signal_delayed_is_decided_once(tmp_path):
+    """The evaluation after 10 steps ends the run, but a signal came before it, so only the log has it."""
+    with pytest.raises(Preempted):
+        run(tmp_path, killed_at=10)
+    assert run(tmp_path)[:2] == (4.0, [])
+    assert run(tmp_path, held_out={})[:2] == (4.0, []), "nothing is evaluated again"
+
+
 def test_a_run_that_is_not_stopped_ends_with_its_best_too(tmp_path):
     count, taken, record, said = run(tmp_path, stop=6)
     assert (count, len(taken), record["worse"]) == (4.0, 6, 1)

@@ -19,7 +19,7 @@ from dpo_jax.data.encode import Encoded
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import ForeignCache
-from dpo_jax.runtime.checkpoint import CheckpointDamaged
+from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints
 from dpo_jax.runtime.fit import Preempted
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
@@ -257,6 +257,23 @@ def test_a_cache_of_another_model_with_the_same_weights_is_refused(names, whole,
         dpo_jax.cached_reference_logps(
             other(model), weights, names["encoded"], cache=whole[0] / "run/refs", partitioner=single_device(), batch=2
         )
+
+
+def test_a_state_is_released_before_another_is_read(tmp_path, monkeypatch):
+    """Devices that have room for one state and its gradients may have none for two states."""
+    small(tmp_path / "run")
+    placed, real = [], Checkpoints.restore_latest
+
+    def reading(self, shapes, **options):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(placed[0]))
+        return real(self, shapes, **options)
+
+    monkeypatch.setattr(Checkpoints, "restore_latest", reading)
+    partitioner = single_device()
+    state = partitioner.put_state(init_state(np.float32(0), dpo_jax.make_optimizer(lambda step: 0.0)))
+    placed.append(state)
+    with pytest.raises(RunMismatch):
+        train(None, state, None, folder=tmp_path / "run", total_steps=4, fingerprint={"by": 2.0}, partitioner=partitioner)
 
 
 def test_checkpoints_leave_out_what_is_frozen(tmp_path):

@@ -80,6 +80,16 @@ def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
         raise ValueError(f"{label} holds {ids.min() if ids.min() < 0 else ids.max()}, which is not a token id")
 
 
+def check_mismatched(examples: Sequence[Any]) -> None:
+    """Raises ValueError if each labeled completion stands in for its own mismatched one, as `encode` leaves it."""
+    own = all(np.array_equal(example.chosen, example.rejected) for example in examples)
+    if own and any(not np.array_equal(example.chosen, examples[0].chosen) for example in examples):
+        raise ValueError(
+            "each labeled completion is its own mismatched one, so KTO would take its KL from them: use the examples that "
+            "dpo_jax.mismatched(examples, max_length=...) makes"
+        )
+
+
 def check_ref_logps(ref_logps: Any, expected: tuple[int, ...], *, of: str) -> None:
     """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping would assign values to the wrong pairs."""
     if np.shape(ref_logps) != expected:

@@ -85,6 +85,13 @@ class Encoded:
     images: PromptImages | None = None
     unended: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("prompt", "chosen", "rejected"):
+            if isinstance(ids := getattr(self, name), list):
+                object.__setattr__(self, name, np.array(ids, None if ids else np.int32))
+        if self.desirable is not None:
+            object.__setattr__(self, "desirable", _as_label(self.desirable))
+
     @property
     def sides(self) -> tuple[Side, ...]:
         """(ids, scored) of all completions, best first: two for a pair, all for a ranking."""
@@ -99,6 +106,13 @@ class Encoded:
     def scored_tokens(self) -> tuple[int, ...]:
         """Number of scored tokens of each completion, best first."""
         return tuple(count_scored(*side) for side in self.sides)
+
+
+def _as_label(value: Any) -> bool:
+    """A label as a bool. Data frames give numpy's bools, or 0 and 1."""
+    if isinstance(value, (bool, np.bool_, int, float, np.integer, np.floating)) and value in (0, 1):
+        return bool(value)
+    raise ValueError(f"desirable is {value!r}; a label is True or False")
 
 
 def count_scored(ids: np.ndarray, scored: np.ndarray | None) -> int:
@@ -174,12 +188,12 @@ def encode(
         raise ValueError(
             f"{uid or 'encode'}: the prompt shows images; `encode_images` of `dpo_jax.data.image_prompts` reads them"
         )
-    if any(isinstance(get(field), list) for field in ("prompt", "chosen", "rejected")):
+    if any(isinstance(get(field), (list, tuple, np.ndarray)) for field in ("prompt", "chosen", "rejected")):
         from dpo_jax.data.chat import chat_preference  # imported here: plain texts do not need it
 
-        sides = get("chosen"), get("rejected")
+        sides = _messages(get("chosen")), _messages(get("rejected"))
         more = {name: get(name) for name in ("tools", "chat_template_kwargs")}
-        preference = chat_preference(get("prompt"), *sides, uid=uid or "encode", tokenizer=tokenizer, **more)
+        preference = chat_preference(_messages(get("prompt")), *sides, uid=uid or "encode", tokenizer=tokenizer, **more)
     chat = bool(get("chat", False))
     _check_texts(preference)
     own = token_ids(get("prompt"), tokenizer)
@@ -192,6 +206,10 @@ def encode(
         else (ended_ids(get(side), tokenizer, name=side, chat=chat, ended=side not in (get("unended") or ())), None)
         for side in ("chosen", "rejected")
     )
+    if isinstance(get("between", ()), str):
+        from dpo_jax.data.pairs import BadRow, Cause
+
+        raise BadRow(Cause.WRONG_TYPE, "a list of completions is needed, this is one text", field="between")
     between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
@@ -217,6 +235,11 @@ def encode(
         between_cut=full["between"] - sum(map(len, between)),
         unended=tuple(get("unended") or ()),
     )
+
+
+def _messages(value: Any) -> Any:
+    """Messages as a list: data frames and parquet files give arrays of them."""
+    return list(value) if isinstance(value, (tuple, np.ndarray)) else value
 
 
 def _check_texts(preference: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from dpo_jax.data.arguments import check_completions, check_ids, check_pairs, check_ref_logps
+from dpo_jax.data.arguments import check_completions, check_ids, check_mismatched, check_pairs, check_ref_logps
 from dpo_jax.data.encode import Encoded, PromptImages
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.segments import Completion, Unit, completion_unit, group_size, group_unit, place_units, shared_unit
@@ -268,7 +268,8 @@ class Layout:
             values = np.asarray(ref_logps, np.float32).reshape(-1, places if pairs else 2)
             rows = rows.replace(ref_logps=examples_to_rows(values, rows))
         if isinstance(first, Encoded) and first.desirable is not None:
-            labels = np.array([getattr(example, "desirable", None) is True for example in examples], np.float32)
+            check_mismatched(examples)
+            labels = np.array([bool(getattr(example, "desirable", None)) for example in examples], np.float32)
             rows = rows.replace(extras={"desirable": examples_to_rows(labels, rows)})
         return rows, index.reshape(-1)
 

@@ -40,7 +40,11 @@ class Batch(NamedTuple):
 
 
 def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) -> int:
-    """Optimizer steps of `epochs` passes over the examples; the last step may be a partial batch."""
+    """Optimizer steps of `epochs` passes over the examples; the last step may be a partial batch.
+
+    >>> total_steps(100, batch=32, epochs=3)
+    10
+    """
     return math.ceil((seen_in(epochs, examples) + behind) / batch)
 
 
@@ -89,6 +93,10 @@ def train_batches(
     [E, pairs, 2]). `epochs`, `behind`: as in `batch_indices`.
 
     `part` (`Partitioner.host_part`) builds only the rows of one host; the batch does not depend on the number of hosts.
+
+    >>> batches = train_batches(encoded, layout=plan_layout(encoded, kind="shared", batch=2), batch=2, seed=0)
+    >>> batches(0).rows.weight
+    array([1., 1.], dtype=float32)
     """
 
     def at(step: int) -> Batch:
@@ -190,6 +198,10 @@ def plan_layout(
     because it skips empty ones; else 1. `shapes`, at least 2, limits the row counts of packed rows: fewer mean fewer programs
     to compile and more padding. `pieces` is the number of parts into which a mesh splits each row (its context axis); each part
     then fits whole blocks of the attention kernels.
+
+    >>> layout = plan_layout(encoded, kind="packed", batch=2)
+    >>> layout.place(encoded)[0].tokens.shape[1] == layout.length
+    True
     """
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)

@@ -101,7 +101,11 @@ def _placing(partitioner: Partitioner) -> Partitioner:
     def put_state(state: Any) -> Any:
         return dataclasses.replace(state, train=partitioner.put_state(state.train))
 
-    return partitioner._replace(get_state=get_state, put_state=put_state)
+    def saved_shapes(state: Any) -> Any:
+        rest = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), dataclasses.replace(state, train=None))
+        return dataclasses.replace(rest, train=partitioner.saved_shapes(state.train))
+
+    return partitioner._replace(get_state=get_state, saved_shapes=saved_shapes, put_state=put_state)
 
 
 class Draw(NamedTuple):

@@ -22,7 +22,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.context import context_parts, from_pieces, row_pieces, to_pieces
 from dpo_jax.models.expert_mixture import Kernels
 from dpo_jax.models.experts import Routed
-from dpo_jax.models.layers import VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
+from dpo_jax.models.layers import SCALED, VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of
 from dpo_jax.routing import counted_tokens
 from dpo_jax.types import ROW_AXES, Array, Model, Routing, RowImages, Rows, SharedCache, Variables
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
             self.position_embedding = declare(self, "position_embedding", normal, (c.max_positions, c.width), (None, "embed"))
         self.layers = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, SCALED: 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
@@ -221,6 +221,12 @@ def _round_kernels(variables: Variables, dtype: Any, names: Collection[str] = ("
     return {**variables, "params": {**params, "layers": layers}}
 
 
+def _refuse_adapter(variables: Variables) -> None:
+    """Raises ValueError for an adapter that nobody has scaled: the base model does not know its alpha."""
+    if "lora" in variables:
+        raise ValueError('variables hold an adapter, "lora": take the model of lora_model, which scales it, or merge_adapter')
+
+
 def make_model(
     config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none", attention: AttentionPath = DENSE
 ) -> Model:
@@ -291,6 +297,7 @@ def make_model(
         return {**cache, **jax.lax.fori_loop(0, moved.sum(), put, old)}
 
     def decode(variables: Variables, rows: Rows, cache: Any) -> tuple[jax.Array, Any]:
+        _refuse_adapter(variables)
         own, new = cache.own if isinstance(cache, SharedCache) else cache, rows.tokens.shape[1]
         if new > 1 and isinstance(cache, SharedCache):
             raise ValueError(f"a SharedCache takes one token a row at a time, and these rows have {new}")
@@ -314,6 +321,7 @@ def make_model(
         return {**variables, **of_layers}, {**cache, "key": cut(cache["key"]), "value": cut(cache["value"])}
 
     def trunk(variables: Variables, rows: Rows, counted: jax.Array | None = None) -> Any:
+        _refuse_adapter(variables)
         variables = _round_kernels(variables, dtype) if remat == "none" else variables
         layers = apart(variables) if isinstance(variables["params"]["layers"], tuple) else None
         return module.apply(variables, rows, None, layers, counted)

@@ -200,9 +200,10 @@ def save_hf(
             "its variables as they are, for instance with orbax.checkpoint or numpy.savez"
         )
     folder = Path(path).expanduser()
-    if folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    # Only the host that writes looks: a network disk may tell the others for a minute that what they looked for is not there.
+    if write and folder.exists() and not (folder / "config.json").is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not a model folder; choose another place to save the model")
-    if (folder / ADAPTER).is_file():
+    if write and (folder / ADAPTER).is_file():
         raise FileExistsError(f"{folder} holds an adapter (LoRA); choose another place to save the model")
     if lost := sorted({*variables} - {"params"}):
         raise ValueError(

@@ -20,6 +20,9 @@ from dpo_jax.models.experts import Experts, Routed
 from dpo_jax.models.products import precision_of
 from dpo_jax.types import Array
 
+SCALED = "scaled_lora"
+"""The collection of an adapter whose B is scaled, as `models.lora.lora_model` gives it to a decoder."""
+
 
 class LayerInput(NamedTuple):
     """Settings that differ from layer to layer: int32[layers] each, or None if all layers agree."""
@@ -118,12 +121,12 @@ class Linear(nn.Module):
         if self.bias:
             bias = _param(self, "bias", nn.initializers.zeros, (self.features,), self.axes[1:])
             y = y + last_axis(bias.astype(x.dtype), y)
-        return y + self._low_rank(x) if self.has_variable("lora", "a") else y
+        return y + self._low_rank(x) if self.has_variable(SCALED, "a") else y
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         """The adapter of `models.lora` beside the kernel: `x A B`; B is already scaled."""
-        a = as_stored(self.get_variable("lora", "a"), (self.axes[0], None)).astype(x.dtype)
-        b = as_stored(self.get_variable("lora", "b"), (None, self.axes[1])).astype(x.dtype)
+        a = as_stored(self.get_variable(SCALED, "a"), (self.axes[0], None)).astype(x.dtype)
+        b = as_stored(self.get_variable(SCALED, "b"), (None, self.axes[1])).astype(x.dtype)
         precision = precision_of(x.dtype)
         y = jnp.dot(jnp.dot(x.reshape(-1, x.shape[-1]), a, precision=precision), b, precision=precision)
         return y.reshape(*x.shape[:-1], self.features)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.layers import SCALED
 from dpo_jax.models.logical_axes import axis_lengths
 from dpo_jax.models.targets import lora_targets as lora_targets
 from dpo_jax.models.targets import modules as modules
@@ -38,7 +39,11 @@ WRITES = tuple(name for name, axes in KERNELS.items() if axes[1] == "embed")
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """The size of an adapter. `targets` are names of kernels such as "attention/query" (`lora_targets`)."""
+    """The size of an adapter. `targets` are names of kernels such as "attention/query" (`lora_targets`).
+
+    >>> Lora(rank=4, alpha=8.0, targets=("attention/query", "attention/value")).scale
+    2.0
+    """
 
     rank: int
     alpha: float
@@ -61,10 +66,29 @@ def lora_model(model: Model, lora: Lora) -> Model:
     [layers, rank, out]}}}`. B starts at zero, so that the adapted model equals the base. Variables without "lora" give the
     base.
 
+    >>> decoder, _ = load_hf(folder)
     >>> adapted = lora_model(decoder, Lora(4, 8.0, lora_targets("attention", decoder.config)))
     >>> sorted(adapted.init(jax.random.key(0)))
     ['lora', 'params']
+
+    LoRA training with the functions: the base is frozen, and also gives the reference log-probabilities.
+
+    >>> lora = Lora(4, 8.0, lora_targets("attention", decoder.config))
+    >>> adapted, tx = lora_model(decoder, lora), make_optimizer(1e-3)
+    >>> both = adapted.init(jax.random.key(0))  # or {**weights of load_hf, "lora": ...}
+    >>> state = init_state({"lora": both["lora"]}, tx, frozen={"params": both["params"]})
+    >>> step = jax.jit(partial(dpo_step, model=adapted, tx=tx, loss=partial(dpo_loss, beta=0.1)))
+    >>> ref_logps = reference_logps_of(decoder, state.frozen, encoded)
+    >>> state, metrics = step(state, shared_rows(encoded, length=96, ref_logps=ref_logps))
+    >>> print(f"{metrics['loss']:.4f}", save_hf("merged", decoder, merge_adapter(state.variables, lora)))
+    0.6931 merged
     """
+
+    if isinstance(lora.targets, str) or not {*lora.targets} <= {*KERNELS}:
+        raise ValueError(
+            f"lora.targets are {lora.targets!r}, but kernels are named {', '.join(KERNELS)}: give a tuple of them, as from "
+            "lora_targets, which also takes names of modules such as q_proj"
+        )
 
     def scaled(variables: Variables) -> Variables:
         if LORA not in variables:
@@ -75,7 +99,8 @@ def lora_model(model: Model, lora: Lora) -> Model:
             # (`step.mean_grads`) takes one for the other (jax 0.10.2).
             return leaf * (lora.scale if path[-1].key == "b" else 1.0)
 
-        return {**variables, LORA: jax.tree_util.tree_map_with_path(of, variables[LORA])}
+        others = {name: tree for name, tree in variables.items() if name != LORA}
+        return {**others, SCALED: jax.tree_util.tree_map_with_path(of, variables[LORA])}
 
     def init(key: jax.Array) -> Variables:
         return {**model.init(key), LORA: new_adapter(model.config, lora, jax.random.fold_in(key, 1))}
@@ -91,7 +116,14 @@ def lora_model(model: Model, lora: Lora) -> Model:
 
 
 def merge_adapter(variables: Variables, lora: Lora) -> Variables:
-    """`variables` with the collection "lora", if any, merged into its kernels, which become float32 copies."""
+    """`variables` with the collection "lora", if any, merged into its kernels, which become float32 copies.
+
+    >>> decoder, _ = load_hf(folder)
+    >>> lora = Lora(4, 8.0, lora_targets("mlp", decoder.config))
+    >>> merged = merge_adapter(lora_model(decoder, lora).init(jax.random.key(0)), lora)
+    >>> sorted(merged)
+    ['params']
+    """
     if LORA not in variables:
         return variables
     layers = {room: dict(parts) for room, parts in variables["params"]["layers"].items()}

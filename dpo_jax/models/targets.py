@@ -18,6 +18,7 @@ def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
     """The kernels named in `names`, separated by commas: "all", "attention", "mlp", ours ("query"), or Hugging Face's
     ("q_proj"; a fused "query_key_value" is three of ours). Raises ValueError for a name that this model does not have.
 
+    >>> decoder, _ = load_hf(folder)
     >>> lora_targets("attention", decoder.config)
     ('attention/query', 'attention/key', 'attention/value', 'attention/out')
     """

@@ -44,7 +44,7 @@ from dpo_jax.runtime.checkpoint_record import (
 )
 from dpo_jax.runtime.checkpoint_record import StateMismatch as StateMismatch
 from dpo_jax.runtime.seal import check_seal, digest, is_remote, is_sealed, write_seal, write_whole
-from dpo_jax.runtime.storage_errors import is_of_storage
+from dpo_jax.runtime.storage_errors import is_of_absence, is_of_storage
 from dpo_jax.types import Array
 from dpo_jax.untrusted import check_name
 
@@ -105,6 +105,13 @@ class Checkpoints:
 
     Without `read_only` it must be the only user of the directory (`RunDir` holds the lock), and leftovers of a killed process
     are removed at the start. With `read_only` nothing is changed, and a run may be writing at the same time.
+
+    >>> with Checkpoints("checkpoints") as checkpoints:
+    ...     checkpoints.save(state.step, state, {"beta": 0.1})
+    ...     checkpoints.wait()
+    ...     restored, meta = checkpoints.restore_latest(jax.eval_shape(lambda: state))
+    >>> int(restored.step), meta
+    (0, {'beta': 0.1})
     """
 
     def __init__(
@@ -181,12 +188,13 @@ class Checkpoints:
         if only is not None and only not in steps:
             raise LookupError(f"{self.directory} has no step {only}, but {', '.join(map(str, steps[::-1])) or 'none'}")
         for step in steps if only is None else [only]:
-            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != unfinished))
+            sealed = step != unfinished
+            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != unfinished), sealed=sealed)
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
             check_target(record, wanted, f"{self.directory / str(step)}")
-            leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record, wanted))
+            leaves, error = _attempt(lambda step=step, record=record: self._read_leaves(step, record, wanted), sealed=sealed)
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue
@@ -343,17 +351,20 @@ def _writing(directory: epath.Path) -> Iterator[None]:
         raise CheckpointWriteError(f"saving to {directory} failed: {error}", filename=str(directory)) from error
 
 
-def _attempt(read: Any) -> tuple[Any, Exception | None]:
+def _attempt(read: Any, *, sealed: bool) -> tuple[Any, Exception | None]:
     """(result, None), or (None, error) on all hosts if a file is damaged: each host reads different parts of the files.
 
-    Raises on all hosts if the storage, the network or the memory of one of them failed: the files may be intact.
+    Raises on all hosts if the storage, the network or the memory of one of them failed: the files may be intact. So may a file
+    of a `sealed` step that only another host than the first does not find: a network disk may show it the folder of a minute
+    ago, and the first one has just seen all files.
     """
     result, error = None, None
     try:
         result = read()
     except Exception as caught:
         error = caught
-    failed = error if error is not None and is_of_storage(error) else None
+    stale = hosts.run_on_first(lambda: error is None) and sealed and error is not None and is_of_absence(error)
+    failed = error if error is not None and (stale or is_of_storage(error)) else None
     if hosts.anywhere(failed is not None):
         raise failed or OSError("another host could not read the checkpoint; nothing was moved")
     if hosts.anywhere(error is not None):

@@ -23,6 +23,8 @@ from dpo_jax.runtime.metrics import MetricsLog
 
 # The first host may still be exporting the model when the others are done.
 SHUTDOWN_SECONDS = 3600
+# Hosts pull images, install and check before they join. JAX gives up after 5 minutes.
+JOIN_SECONDS = 1800
 
 
 class HostsError(ValueError):
@@ -61,6 +63,7 @@ def start(
             coordinator,
             num_processes,
             process_id,
+            initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )

@@ -40,6 +40,9 @@ def make_mesh(
     """A mesh over `devices` (default: all of all hosts), fast links innermost. Pod slices are along `data`.
 
     Raises `MeshError` if the sizes do not fit the number of devices or slices.
+
+    >>> make_mesh(fsdp=-1, devices=jax.devices()[:2]).shape["fsdp"]
+    2
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = mesh_shape(len(devices), data=data, fsdp=fsdp, expert=expert, context=context, tensor=tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,12 @@ from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
 
 
 def single_device(device: Any = None) -> Partitioner:
-    """Everything on one device (default: the first). `put_*` copies, so the original survives when a step donates its state."""
+    """Everything on one device (default: the first). `put_*` copies, so the original survives when a step donates its state.
+
+    >>> partitioner = single_device()
+    >>> partitioner.compile_map(partial(reference_logps, model))(partitioner.put_variables(variables), rows).shape
+    (2, 2)
+    """
     target = jax.local_devices()[0] if device is None else device
 
     def put(tree):
@@ -46,6 +52,7 @@ def single_device(device: Any = None) -> Partitioner:
         init_state=lambda make, variables: jax.jit(make, donate_argnums=0)(variables),
         put_state=put,
         get_state=jax.device_get,
+        saved_shapes=functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)),
         load_variables=functools.partial(assemble, put=put),
         make_variables=lambda make: jax.device_put(jax.jit(make)(), target),
         put_variables=put,
@@ -59,6 +66,13 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
     Each device holds all parameters and the whole optimizer state, so the model must fit on one. A step needs
     `axis_name="data"` (`dpo_step(..., axis_name=partitioner.axis_name)`) and sums gradients and metrics over that axis itself.
     State and variables on the devices have a leading axis of length `devices`; `get_state` removes it.
+
+    >>> partitioner = pmap_partitioner(jax.devices()[:2])
+    >>> step = partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1), axis_name=partitioner.axis_name)
+    >>> state = partitioner.init_state(partial(init_state, tx=tx), partitioner.put_variables(variables))
+    >>> state, metrics = partitioner.compile_step(step)(state, rows)
+    >>> print(f"{metrics['loss']:.4f}")
+    0.6931
     """
     part = (jax.process_index(), jax.process_count()) if devices is None else (0, 1)
     mine = jax.local_devices() if devices is None else list(devices)
@@ -76,6 +90,7 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
         return jax.tree.map(lambda leaf: np.asarray(_first_shard(leaf)), tree)
 
     def compile_step(step):
+        _check_axis_name(step)
         compiled = jax.pmap(step, axis_name="data", devices=devices, donate_argnums=0)
 
         def run(state, rows):
@@ -101,12 +116,20 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
         init_state=lambda make, variables: jax.pmap(make, axis_name="data", devices=devices, donate_argnums=0)(variables),
         put_state=put,
         get_state=get,
+        saved_shapes=functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)),
         load_variables=functools.partial(assemble, put=replicate),
         make_variables=lambda make: put(jax.jit(make)()),
         put_variables=put,
         to_host=get,
         host_part=part,
     )
+
+
+def _check_axis_name(step: Callable[..., Any]) -> None:
+    """Raises ValueError if a step, a `partial`, takes an `axis_name` but was not given it: devices would drift apart."""
+    parameter = inspect.signature(step).parameters.get("axis_name")
+    if parameter is not None and parameter.default != "data":
+        raise ValueError('under pmap, a step needs axis_name="data": partial(step, axis_name=partitioner.axis_name)')
 
 
 def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | None = None) -> Partitioner:
@@ -117,6 +140,13 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
     `lower(state, rows)`. Without a model, or with one that names no axes (`Model.axes`), every device holds all parameters:
     plain data parallelism.
 
+    >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1, devices=jax.devices()[:2]), model)
+    >>> step = partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1))
+    >>> state = partitioner.init_state(partial(init_state, tx=tx), partitioner.put_variables(variables))
+    >>> state, metrics = partitioner.compile_step(step)(state, rows)
+    >>> print(f"{metrics['loss']:.4f}")
+    0.6931
+
     Raises `MeshError`, before anything is computed, if a parameter does not fit the mesh. `units`: see `mesh_shape.Units`.
     """
     _, of_variables = ({}, None) if model is None else _variables_on(mesh, model, units)
@@ -124,6 +154,9 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
 
     def put(tree):
         return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
+
+    def put_state(tree):
+        return jax.tree.map(_move, tree, tree_shardings(tree, of_variables, mesh))
 
     def init_state(make, variables):
         # Under jit, so that no device holds a whole moment and the parameters are reused without a copy.
@@ -170,8 +203,11 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
         compile_step=lambda step: _MeshStep(step, mesh, put_rows),
         compile_map=compile_map,
         init_state=init_state,
-        put_state=put,
+        put_state=put_state,
         get_state=lambda state: state,
+        saved_shapes=functools.partial(
+            jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        ),
         load_variables=load_variables,
         make_variables=make_variables,
         put_variables=put,
@@ -262,6 +298,15 @@ def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         # device_put reuses the buffer of a device that already has the shard, whatever may_alias says (jax 0.10.2).
         return jax.device_put(leaf, sharding).copy()
     return jax.device_put(leaf, sharding, may_alias=False)
+
+
+def _move(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """`_place`, which consumes a leaf that has the sharding already, so that devices hold one such leaf twice, not all."""
+    placed = _place(leaf, sharding)
+    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+        placed.block_until_ready()
+        leaf.delete()
+    return placed
 
 
 def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Part]:

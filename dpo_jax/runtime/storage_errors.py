@@ -24,6 +24,11 @@ def is_of_storage(error: BaseException) -> bool:
     return any(_is_of_storage(one) for one in with_causes(error))
 
 
+def is_of_absence(error: BaseException) -> bool:
+    """Whether `error`, or one that led to it, is that a file is not there."""
+    return any(isinstance(one, FileNotFoundError) or str(one).startswith("NOT_FOUND") for one in with_causes(error))
+
+
 def _is_of_storage(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, jax.errors.JaxRuntimeError)):
         return True

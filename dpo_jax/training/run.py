@@ -16,7 +16,7 @@ import jax
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_meta
 from dpo_jax.runtime.fit import fit
-from dpo_jax.runtime.metrics import MetricsLog, Writer
+from dpo_jax.runtime.metrics import MetricsLog, Writer, read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.runtime.rundir import RunDir
@@ -186,7 +186,7 @@ def train(
             check=check,
             unit=unit,
             shapes=shapes,
-            get_state=functools.partial(_saved_form, partitioner),
+            get_state=lambda state: partitioner.get_state(_without_frozen(state)),
             agree=hosts.agreement(),
         )
         if stopping is not None:
@@ -250,7 +250,7 @@ def _resume(
         return state  # without a copy of the state, whose form reading needs
     found = _read(checkpoints, state, partitioner)
     if found is None:
-        return state
+        raise CheckpointDamaged(f"the checkpoints of {run.path} disappeared while they were read")
     restored, meta_of_saved = found
     is_now, here = meta["fingerprint"], SavedRun(str(run.path), int(restored.step), meta_of_saved)
     check_settings(here.place, here.fingerprint, is_now)
@@ -263,6 +263,7 @@ def _resume(
         raise CheckpointDamaged(f"the newest checkpoint of {run.path} was damaged and set aside; run the same command again")
     if stopping is not None and not other_held_out(here, meta["data"]):
         stopping.resume(meta_of_saved.get("early_stopping", {}), place=here.place)
+        stopping.catch_up(hosts.run_on_first(lambda: _evaluations(run, stopping.metric)), until=here.step)
         if stopping.best is not None:
             checkpoints.pin(stopping.best)
     if moving is not None:
@@ -274,6 +275,13 @@ def _resume(
     return _in_place_of(state, restored, partitioner)
 
 
+def _evaluations(run: RunDir, metric: str) -> list[dict[str, Any]]:
+    """Rows of the log with an evaluation of `metric`: that of the newest checkpoint may have come after it was saved."""
+    name = f"eval/{metric}"
+    rows = read_metrics(run.metrics) if run.metrics.is_file() else []
+    return [{"step": row["step"], name: row[name]} for row in rows if name in row]
+
+
 def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints, partitioner: Partitioner) -> Any:
     """The state after `done` steps, with the reference of the next step in `moving`.
 
@@ -283,7 +291,7 @@ def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints,
     if made == 0:
         return state
     try:
-        weights = moving.record["weights"] if moving.record.get("step") == made else store.params_digest(made)
+        weights = moving.record["weights"] if moving.record.get("step") == made else _weights_of(store, made)
         complete = made == done or not moving.lacks(made, weights)
         found = None if complete else _read(store, state, partitioner, only=made)
     except LookupError as error:
@@ -299,27 +307,45 @@ def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints,
 
 
 def _renew(moving: Moving, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
-    moving.move(done, state.variables, store.params_digest(done), steps=store.steps(), pause=pause)
+    moving.move(done, state.variables, _weights_of(store, done), steps=store.steps(), pause=pause)
+
+
+def _weights_of(store: Checkpoints, step: int) -> str:
+    """`Checkpoints.params_digest`, read by the first host: another one may not see the new step on a shared disk yet."""
+
+    def read() -> tuple[str | None, str]:
+        try:
+            return store.params_digest(step), ""
+        except LookupError as error:
+            return None, str(error)
+
+    found, why = hosts.run_on_first(read)
+    if found is None:
+        raise LookupError(why)
+    return found
 
 
 def _in_place_of(state: Any, restored: Any, partitioner: Partitioner) -> Any:
-    """The restored state on the devices, with the frozen part of `state`; the rest of `state` is released."""
-    if not isinstance(state, PartlyFrozen):
-        free(state)
-        return partitioner.put_state(restored)
-    free(state.replace(frozen={}))
-    return partitioner.put_state(restored).replace(frozen=state.frozen)
+    """The restored state on the devices, with the frozen part of `state`, whose rest `_read` has released."""
+    placed = partitioner.put_state(restored)
+    return placed.replace(frozen=state.frozen) if isinstance(state, PartlyFrozen) else placed
 
 
-def _saved_form(partitioner: Partitioner, state: Any) -> Any:
-    """A state, or a part of it, in the saved form, without the frozen part."""
-    return partitioner.get_state(state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state)
+def _without_frozen(state: Any) -> Any:
+    """The part of a state that is saved."""
+    return state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state
 
 
 def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:
-    """(state in saved form, meta) of the newest good checkpoint, or of step `only`, structured like `state`."""
+    """(state in saved form, meta) of the newest good checkpoint, or of step `only`, structured like `state`.
+
+    `state` is released first, but for its frozen part: devices have no room for a state that was restored and another one.
+    """
+    saved = _without_frozen(state)
+    shapes = partitioner.saved_shapes(saved)
+    free(saved)
     with reported("reading the checkpoint"):
-        return store.restore_latest(jax.tree.map(_abstract, _saved_form(partitioner, state)), only=only)
+        return store.restore_latest(shapes, only=only)
 
 
 def _say_what_changed(saved: SavedRun, meta: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -337,11 +363,6 @@ def _note_resumption(run: RunDir, step: int, total_steps: int) -> None:
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with appending(run.resumes) as file:
             file.write(json.dumps({"step": step, "time": time}) + "\n")
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    """The abstract form of a leaf. A sharded leaf is read into its shards, so no host holds all of it."""
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None))
 
 
 def free(tree: Any) -> None:
