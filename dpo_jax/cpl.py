@@ -63,7 +63,7 @@ def discounted_sum(values: Array, gamma: float) -> jax.Array:
     >>> print(discounted_sum(jnp.ones((2, 3)), 0.5))
     [1.75 1.75]
     """
-    return jnp.asarray(values) @ (gamma ** jnp.arange(values.shape[-1], dtype=jnp.float32))
+    return jnp.dot(values, gamma ** jnp.arange(values.shape[-1], dtype=jnp.float32), precision="highest")
 
 
 def cpl_loss(scores: Array, *, lam: float = 1.0) -> jax.Array:

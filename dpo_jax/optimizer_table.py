@@ -58,7 +58,8 @@ OPTIMIZERS: Mapping[str, Choice] = {
     "rmsprop": Choice("RMSprop as in the original DPO code: decay 0.99, eps 1e-8", _DECAY, "2305.18290"),
     "adamw": Choice("AdamW", {**_DECAY, **_ADAM}, "1711.05101"),
     "adafactor": Choice(
-        "Adafactor with second moments by row and column, at the rate `lr` (as TRL: no relative steps, no parameter scale)",
+        "Adafactor with second moments by row and column, at the rate `lr` (as TRL: no relative steps, no parameter scale; "
+        "updates are clipped over all layers together)",
         _DECAY,
         "1804.04235",
     ),

@@ -305,7 +305,7 @@ def ppo_step(
             "ratio": ratio,
             "clip_share": (clipped < surrogate).astype(ratio.dtype),
             "value_clip_share": ((returns - near) ** 2 > error**2).astype(ratio.dtype),
-            "approx_kl": ratio - 1 - log_ratio,
+            "approx_kl": jnp.expm1(log_ratio) - log_ratio,
             "entropy": entropy,
             "returns": returns,
             "squared_returns": returns**2,

@@ -15,8 +15,13 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DpoConfig, LoraConfig
 from dpo_jax.cli.config.loading import problems
 from dpo_jax.cli.trained import planned
+from dpo_jax.data.encode import Encoded
+from dpo_jax.data.layout import plain_rows
+from dpo_jax.dpo import dpo_step
+from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
+from dpo_jax.models.products import take_rows
 from dpo_jax.rounding import round_to_bfloat16, stochastic_rounding
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import make_mesh
@@ -63,6 +68,30 @@ def updated(tx, params, grads, steps):
     for _ in range(steps):
         state = step(state)
     return state
+
+
+def test_a_looked_up_row_has_a_gradient_summed_in_float32():
+    """In bfloat16 the sum of 10,000 ones ends at 256."""
+    table, index = jnp.zeros((3, 2), jnp.bfloat16), jnp.array([1] * 10_000 + [2])
+    gradient = jax.grad(lambda table: take_rows(table, index).astype(jnp.float32).sum())(table)
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(gradient, np.float32)[:, 0], [0, 10_000, 1], rtol=4e-3)
+    assert np.isnan(np.asarray(take_rows(table, jnp.array([3])), np.float32)).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_float32_parameters_are_rounded_in_microbatches(family):
+    """Rounded kernels beside norms and biases that stay float32, in the transpose of a scan that adds to refs."""
+    sizes = {"vocab_size": 64, "width": 16, "layers": 2, "heads": 2, "max_positions": 32, "eos_token_id": 0}
+    model = make_model(decoder_config(hf_config(family, **sizes)), dtype=jnp.bfloat16)
+    rng, tx = np.random.default_rng(0), optax.sgd(0.1)
+    pairs = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5))) for _ in range(4)]
+    rows, state = plain_rows(pairs, length=12, ref_logps=np.zeros((4, 2))), init_state(model.init(jax.random.key(0)), tx)
+    step = functools.partial(dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1))
+    one, four = (jax.jit(functools.partial(step, microbatches=count))(state, rows) for count in (1, 4))
+    assert float(one[1]["loss"]) == pytest.approx(float(four[1]["loss"]), rel=1e-3)
+    change, other = (jax.tree.map(jnp.subtract, after.params, state.params) for after, _ in (one, four))
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, change, other)) < 0.02 * optax.tree.norm(change)
 
 
 def test_updates_too_small_for_bfloat16_add_up():

@@ -43,7 +43,7 @@ def names(tmp_path_factory):
     # Of equal lengths: batches of one shape are one program.
     encoded = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5)), uid=f"{i}") for i in range(6)]
     tx = dpo_jax.make_optimizer(dpo_jax.linear_warmup(1e-3, warmup_steps=3), max_grad_norm=1.0)
-    public = ("load_hf", "save_hf", "cached_reference_logps", "dpo_step", "dpo_loss", "init_state", "train")
+    public = dpo_jax.__all__
     return {name: getattr(dpo_jax, name) for name in public} | {
         **{"folder": folder, "encoded": encoded, "tx": tx, "partial": partial},
     }

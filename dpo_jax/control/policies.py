@@ -95,17 +95,18 @@ def gaussian_policy(
     module = Gaussian(Network(actions, tuple(hidden), tuple(filters)), bound, std)
 
     def apply(variables: Variables, states: Array) -> Any:
-        return module.apply(variables, states)
+        with jax.default_matmul_precision("highest"):  # the loss is a small difference of sums over segments
+            return module.apply(variables, states)
 
     def log_prob(variables: Variables, states: Array, acted: Array) -> jax.Array:
         mean, factor = apply(variables, states)
-        whitened = (acted - mean) @ factor.T
+        whitened = jnp.matmul(acted - mean, factor.T, precision="highest")
         log_det = jnp.log(jnp.diag(factor)).sum()
         return log_det - (jnp.square(whitened).sum(axis=-1) + actions * math.log(2 * math.pi)) / 2
 
     def precision(variables: Variables) -> jax.Array:
         factor = apply(variables, jnp.zeros(tuple(state)))[1]
-        return factor.T @ factor
+        return jnp.matmul(factor.T, factor, precision="highest")
 
     return Policy(
         init=lambda key: module.init(key, jnp.zeros(tuple(state))),

@@ -241,7 +241,8 @@ def discopop_loss(
     tau = check_option("discopop_tau", discopop_tau, logps, lambda x: x > 0, "a number above 0")
     margins = beta * _margins(divergence_scores(logps, ref_logps, f_divergence=f_divergence, f_alpha=f_alpha))
     logistic = -jax.nn.sigmoid(-margins / tau) * jax.nn.log_sigmoid(margins)
-    exponential = jnp.exp(jax.nn.log_sigmoid(margins / tau) - margins)  # one exponent, as 0 times infinity is no number
+    # One exponent, as 0 times infinity is no number; limited as in `divergence_scores`, for tau above 1.
+    exponential = jnp.exp(jnp.minimum(jax.nn.log_sigmoid(margins / tau) - margins, 80.0))
     losses = logistic + exponential
     return losses, implicit_rewards(logps, ref_logps, beta=beta)
 

@@ -23,7 +23,7 @@ from dpo_jax.models.context import context_parts, from_pieces, row_pieces, to_pi
 from dpo_jax.models.expert_mixture import Kernels
 from dpo_jax.models.experts import Routed
 from dpo_jax.models.layers import SCALED, VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
-from dpo_jax.models.products import float32_product, precision_of
+from dpo_jax.models.products import float32_product, precision_of, take_rows
 from dpo_jax.routing import counted_tokens
 from dpo_jax.types import ROW_AXES, Array, Model, Routing, RowImages, Rows, SharedCache, Variables
 
@@ -90,11 +90,11 @@ class Decoder(nn.Module):
         # An id or position outside its table reads NaN (jnp.take's rule), so that it is noticed; clamping would hide the error.
         # If the table is not sharded along D for the lookup, its gradient is a sum of parts, like that of a matrix.
         table = as_stored(as_stored(self.token_embedding, VOCABULARY), VOCABULARY, gathered=ROW_AXES)
-        x = jnp.take(table, jnp.asarray(rows.tokens), axis=0).astype(self.dtype)
+        x = take_rows(table, jnp.asarray(rows.tokens)).astype(self.dtype)
         x = x if c.embedding_scale == 1.0 else x * c.embedding_scale
         if not c.ropes:
             table = as_stored(self.position_embedding, (None, "embed"))
-            x = x + jnp.take(table, jnp.asarray(rows.positions), axis=0).astype(self.dtype)
+            x = x + take_rows(table, jnp.asarray(rows.positions)).astype(self.dtype)
         x = by_row(self._with_images(x, rows))
         layer, angles = _per_layer(c, rows.positions)
         k_positions, write_at, store, lanes, own = rows.positions, None, None, None, cache
@@ -214,7 +214,9 @@ def _round_kernels(variables: Variables, dtype: Any, names: Collection[str] = ("
 
     def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         wider = path[-1].key in names and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
-        return leaf.astype(dtype) if wider else leaf
+        # All are computed: a transpose that adds to refs (`step.mean_grads`) takes parameters read as they are for computed
+        # ones beside them (jax 0.10.2).
+        return leaf.astype(dtype) if wider else leaf * 1.0
 
     params = variables["params"]
     layers = jax.tree_util.tree_map_with_path(rounded, params["layers"])

@@ -1,4 +1,4 @@
-"""Matrix products at the precision of their dtype and at full accelerator speed, forward and backward."""
+"""Matrix products and lookups at the precision of their dtype and at full accelerator speed, forward and backward."""
 
 from __future__ import annotations
 
@@ -41,3 +41,25 @@ def _backward(subscripts: str, factors: tuple[jax.Array, jax.Array], cotangent: 
 
 
 _of_few_bits.defvjp(_forward, _backward)
+
+
+def take_rows(table: jax.Array, index: jax.Array) -> jax.Array:
+    """`table[index]` of [V, D], NaN outside, with a gradient that is summed in float32.
+
+    The gradient of `jnp.take` is summed in the type of the table: in bfloat16 a sum of ones ends at 256.
+    """
+    return jnp.take(table, index, axis=0) if jnp.finfo(table.dtype).bits >= 32 else _take_few_bits(table, index)
+
+
+@jax.custom_vjp
+def _take_few_bits(table: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take(table, index, axis=0)
+
+
+def _sum_rows(inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    table, index = inputs
+    total = jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent.astype(jnp.float32))
+    return total.astype(table.dtype), None
+
+
+_take_few_bits.defvjp(lambda table, index: (jnp.take(table, index, axis=0), (table, index)), _sum_rows)

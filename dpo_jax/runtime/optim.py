@@ -179,6 +179,8 @@ def decay_mask(params: Any, *, embeddings: bool = True) -> Any:
 
     >>> decay_mask({"norm": {"scale": 0}, "up": {"kernel": 0, "bias": 0}, "token_embedding": 0}, embeddings=False)
     {'norm': {'scale': False}, 'token_embedding': False, 'up': {'bias': False, 'kernel': True}}
+    >>> decay_mask({"head_kernel": 0, "head_bias": 0})  # GPT-J
+    {'head_bias': False, 'head_kernel': True}
     """
 
     def of(path: Any, leaf: Any) -> bool:
@@ -210,7 +212,7 @@ def _name(path: Any) -> str:
 def _is_vector(name: str) -> bool:
     """Whether a leaf is a norm or a bias; with stacked layers the number of axes does not show it."""
     last = name.rpartition(".")[2]
-    return last in ("bias", "scale") or any(part.endswith("norm") for part in name.split("."))
+    return last == "scale" or last.endswith("bias") or any(part.endswith("norm") for part in name.split("."))
 
 
 def _check(**values: Any) -> None:

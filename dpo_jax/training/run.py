@@ -86,10 +86,6 @@ def train(
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
 
-    >>> from dpo_jax.data.loader import plan_layout, train_batches, total_steps
-    >>> from dpo_jax.data.prepare import data_digest
-    >>> from dpo_jax.runtime.mesh import make_mesh
-    >>> from dpo_jax.runtime.parallel import mesh_partitioner
     >>> from dpo_jax.training.start_check import starts_at_reference
     >>> model, weights = load_hf(folder)
     >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1), model)
