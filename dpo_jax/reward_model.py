@@ -2,7 +2,7 @@
 
     p(y_w > y_l | x) = sigmoid(r(x, y_w) - r(x, y_l))      Bradley and Terry 1952; Rafailov et al. 2023, eq. 1
 
-Preferences leave a constant per prompt undetermined; `centered` fixes the mean reward afterwards.
+Preferences leave a constant per prompt undetermined; `center_rewards` fixes the mean reward afterwards.
 """
 
 from __future__ import annotations

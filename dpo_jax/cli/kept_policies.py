@@ -31,7 +31,7 @@ class KeptPolicies(NamedTuple):
     name: str  # of the command or option, for errors
 
     def save(self, folder: Path, variables: Variables) -> None:
-        """Writes a policy; under pmap give it as one copy (`to_host`). All hosts call this; the first one writes."""
+        """Writes a policy, in the form of `get_state`. All hosts call this; the first one writes."""
         if self.part.lora is None:
             save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
         else:

@@ -102,8 +102,7 @@ class PairMethod:
             state = world.begin(variables, tx=self.tx)
             return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
 
-        # Training donates its initial state, so it gets a copy.
-        return partitioner.init_state(begin, partitioner.put_variables(partitioner.to_host(world.reference)))
+        return partitioner.init_state(begin, world.copy_of_reference())
 
     def train(
         self,

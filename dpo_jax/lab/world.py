@@ -36,6 +36,10 @@ class Trainable(Protocol):
     reference: Variables
     begin: Callable[..., TrainState]  # (variables, tx=...) -> the state before the first step: says what is trained
 
+    def copy_of_reference(self) -> Variables:
+        """The reference once more, on the devices: training consumes the weights that it starts from."""
+        return jax.tree.map(lambda leaf: leaf.copy(), self.reference)
+
     def measure(self, variables: Variables, /) -> dict[str, float]: ...
 
 

@@ -61,12 +61,10 @@ class OnlineMethod:
             rounds.move(done, state.variables, f"step {done}", pause=pause)
 
         rounds.begin(world.reference)
-        # Training donates its initial state, so it gets a copy.
-        start = partitioner.put_variables(partitioner.to_host(world.reference))
         with hosts.metrics_log(folder / "metrics.jsonl") as metrics:
             state = fit(
                 self.step,
-                partitioner.init_state(functools.partial(world.begin, tx=self.tx), start),
+                partitioner.init_state(functools.partial(world.begin, tx=self.tx), world.copy_of_reference()),
                 rounds.batch,
                 total_steps=options.rounds * options.steps,
                 log=metrics,

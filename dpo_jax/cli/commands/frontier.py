@@ -147,7 +147,7 @@ class _Study:
             while left and point["kl"] >= left[0]:
                 point["kept"] = left.pop(0)
             if "kept" in point:
-                self.kept.save(folder / f"policy-{point['kept']:g}", self.world.partitioner.to_host(variables))
+                self.kept.save(folder / f"policy-{point['kept']:g}", self.world.partitioner.get_state(variables))
 
         names = {name: value for name, value in run.settings.items() if name in RoundOptions._fields}
         options = RoundOptions(**names, seed=run.seed, layout="packed", microbatches=self.config.dpo.microbatches)

@@ -143,7 +143,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
     kept = KeptPolicies(_part(config, world), world, config.dpo_policy(), digests, "online.refresh_reference_rounds")
 
     def save(path: Path, variables: Variables) -> None:
-        kept.save(path, world.partitioner.to_host(variables))
+        kept.save(path, world.partitioner.get_state(variables))
 
     with identity.refusing_mismatch():
         log = LabelLog(run.path / "labels.jsonl", label_settings(config))
@@ -232,8 +232,7 @@ def _train(
             _refuse_changes(saved, facts)
         if saved is None or saved.step < rounds.every:
             rounds.begin(world.reference)
-        # Training consumes its starting weights, so it gets a copy.
-        copy = partitioner.put_variables(partitioner.to_host(world.reference))
+        copy = world.copy_of_reference()
         step = functools.partial(
             dpo_step,
             model=world.model,
