@@ -196,3 +196,16 @@ def test_sft_on_texts_scores_what_preferences_would(folder, tokenizer):
     of_texts, of_pairs = (_targets(load_config(file), tokenizer) for file in (config, configured(folder, "pairs")))
     for one, other in zip((*of_texts.train, *of_texts.held_out), (*of_pairs.train, *of_pairs.held_out), strict=True):
         assert [ids.tolist() for ids in one[:2]] == [ids.tolist() for ids in other[:2]]
+
+
+def test_texts_that_repeat_count_once_and_are_told(folder, tokenizer, capsys):
+    rows = [{"prompt": f"Number {i}", "chosen": " is here.", "rejected": f" no {k}"} for i in range(30) for k in range(2)]
+    write(folder / "twice" / "train.jsonl", *rows)
+    found = _targets(load_config(configured(folder, "twice")), tokenizer)
+    said = dict(
+        re.findall(
+            r"note: (\w+) split: (\d+ texts to learn in \d+ rows) \(a repeated text counts once", capsys.readouterr().out
+        )
+    )
+    parts = {"train": found.train, "test": found.held_out}
+    assert said == {name: f"{len(texts)} texts to learn in {2 * len(texts)} rows" for name, texts in parts.items()}

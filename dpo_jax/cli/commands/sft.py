@@ -104,6 +104,10 @@ def _targets(config: Config, tokenizer: Any) -> TrainingData:
         (texts, uids), (held_out, _) = (
             encode_targets(split, tokenizer, **limits, score_prompt=config.sft.scored == "all", images=images) for split in kept
         )
+    for name, rows, found in zip(("train", "test"), kept, (texts, held_out), strict=True):
+        if len(found) < len(rows):
+            why = "a repeated text counts once, and undesirable completions are left out"
+            print(f"note: {name} split: {len(found):,} texts to learn in {len(rows):,} rows ({why})", flush=True)
     return TrainingData(texts, held_out, [encoded.report for encoded in pairs], uids, vision)
 
 
