@@ -204,6 +204,7 @@ def test_a_half_deleted_step_is_set_aside(copy):
         OSError(errno.EIO, "Input/output error"),
         ValueError("RESOURCE_EXHAUSTED: Error opening file [os_error_code='24']"),
         ValueError("UNAVAILABLE: 503"),
+        ValueError("CANCELLED: the request"),
         MemoryError(),
         jax.errors.JaxRuntimeError("INTERNAL"),
     ],

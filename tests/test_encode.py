@@ -256,7 +256,7 @@ def test_labels_of_data_frames_are_labels(label, tokenizer):
 def test_labeled_completions_need_mismatched_ones(tokenizer):
     texts = ({"prompt": "The film was", "chosen": f" {word}", "rejected": f" {word}"} for word in ("fine", "bad", "long"))
     labeled = [encode(text | {"desirable": True}, tokenizer, **LIMITS) for text in texts]
-    with pytest.raises(ValueError, match="its own mismatched one"):
+    with pytest.warns(match="its own mismatched one"):
         plain_rows(labeled, length=64)
     assert len(plain_rows(mismatched(labeled, max_length=64), length=64).tokens) == 6
 

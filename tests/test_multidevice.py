@@ -398,6 +398,16 @@ def test_a_state_with_something_unknown_in_it_is_refused(variables):
         on_mesh(fsdp=4).put_state(state)
 
 
+def test_a_state_may_hold_an_array_twice():
+    """For example an average of parameters that starts as the parameters."""
+    partitioner = on_mesh(fsdp=4)
+    state = start(partitioner, MODEL.init(jax.random.key(0)))
+    twice = state.replace(opt_state=state.params)
+    placed = partitioner.put_state(twice)
+    jax.tree.map(np.testing.assert_array_equal, placed.opt_state, placed.params)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(twice))
+
+
 def test_under_pmap_a_step_needs_its_axis():
     """Without it, each device would train on rows of its own."""
     step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSS)

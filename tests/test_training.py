@@ -276,6 +276,12 @@ def test_a_state_is_released_before_another_is_read(tmp_path, monkeypatch):
         train(None, state, None, folder=tmp_path / "run", total_steps=4, fingerprint={"by": 2.0}, partitioner=partitioner)
 
 
+def test_an_empty_folder_of_a_step_is_no_run(tmp_path):
+    """As a kill may leave it."""
+    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
+    assert float(small(tmp_path / "run").params) == 3
+
+
 def test_checkpoints_leave_out_what_is_frozen(tmp_path):
     """It is given again by whoever continues, and is part of the state that comes back."""
     partitioner, tx = single_device(), dpo_jax.make_optimizer(lambda step: 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -81,12 +82,16 @@ def check_ids(ids: Any, label: str, *, empty: bool = False) -> None:
 
 
 def check_mismatched(examples: Sequence[Any]) -> None:
-    """Raises ValueError if each labeled completion stands in for its own mismatched one, as `encode` leaves it."""
+    """Warns if each labeled completion stands in for its own mismatched one, as `encode` leaves it.
+
+    Losses that do not read mismatched ones need no others.
+    """
     own = all(np.array_equal(example.chosen, example.rejected) for example in examples)
     if own and any(not np.array_equal(example.chosen, examples[0].chosen) for example in examples):
-        raise ValueError(
+        warnings.warn(
             "each labeled completion is its own mismatched one, so KTO would take its KL from them: use the examples that "
-            "dpo_jax.mismatched(examples, max_length=...) makes"
+            "dpo_jax.mismatched(examples, max_length=...) makes",
+            stacklevel=3,
         )
 
 

@@ -87,8 +87,11 @@ class Encoded:
 
     def __post_init__(self) -> None:
         for name in ("prompt", "chosen", "rejected"):
-            if isinstance(ids := getattr(self, name), list):
-                object.__setattr__(self, name, np.array(ids, None if ids else np.int32))
+            object.__setattr__(self, name, _as_ids(getattr(self, name)))
+        object.__setattr__(self, "between", tuple(map(_as_ids, self.between)))
+        for name in ("chosen_scored", "rejected_scored"):
+            if isinstance(scored := getattr(self, name), list):
+                object.__setattr__(self, name, np.array(scored, bool))
         if self.desirable is not None:
             object.__setattr__(self, "desirable", _as_label(self.desirable))
 
@@ -106,6 +109,15 @@ class Encoded:
     def scored_tokens(self) -> tuple[int, ...]:
         """Number of scored tokens of each completion, best first."""
         return tuple(count_scored(*side) for side in self.sides)
+
+
+def _as_ids(ids: Any) -> Any:
+    """A list of token ids as int32[n]; values that are no ids are left for `arguments.check_ids` to name."""
+    if not isinstance(ids, list):
+        return ids
+    array = np.array(ids) if ids else np.zeros(0, np.int32)
+    known = array.dtype.kind in "iu" and array.min(initial=0) >= -(2**31) and array.max(initial=0) < 2**31
+    return array.astype(np.int32) if known else array
 
 
 def _as_label(value: Any) -> bool:

@@ -16,7 +16,7 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import eval_batches, plan_layout, skippable, total_steps, train_batches
 from dpo_jax.dpo import dpo_step
-from dpo_jax.lab.world import Points, Trainable
+from dpo_jax.lab.world import Points, Trainable, copy_of
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import fit
@@ -102,7 +102,7 @@ class PairMethod:
             state = world.begin(variables, tx=self.tx)
             return state.replace(frozen={**state.frozen, SETTINGS: {k: np.float32(v) for k, v in settings.items()}})
 
-        return partitioner.init_state(begin, world.copy_of_reference())
+        return partitioner.init_state(begin, copy_of(world.reference))
 
     def train(
         self,

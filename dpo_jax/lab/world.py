@@ -36,10 +36,6 @@ class Trainable(Protocol):
     reference: Variables
     begin: Callable[..., TrainState]  # (variables, tx=...) -> the state before the first step: says what is trained
 
-    def copy_of_reference(self) -> Variables:
-        """The reference once more, on the devices: training consumes the weights that it starts from."""
-        return jax.tree.map(lambda leaf: leaf.copy(), self.reference)
-
     def measure(self, variables: Variables, /) -> dict[str, float]: ...
 
 
@@ -75,6 +71,11 @@ class Observed(NamedTuple):
     rewards: np.ndarray  # float64[P], true ones
     kl: np.ndarray  # float32[P]
     kl_sampled: np.ndarray  # float32[P], from the samples alone
+
+
+def copy_of(variables: Variables) -> Variables:
+    """The variables once more, on their devices: training consumes the weights that it starts from."""
+    return jax.tree.map(lambda leaf: leaf.copy(), variables)
 
 
 class World:

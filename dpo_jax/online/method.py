@@ -11,7 +11,7 @@ from typing import Any
 import optax
 
 from dpo_jax.dpo import dpo_step
-from dpo_jax.lab.world import Points, World
+from dpo_jax.lab.world import Points, World, copy_of
 from dpo_jax.losses import PreferenceLoss
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.rounds import RoundOptions, Rounds
@@ -64,7 +64,7 @@ class OnlineMethod:
         with hosts.metrics_log(folder / "metrics.jsonl") as metrics:
             state = fit(
                 self.step,
-                partitioner.init_state(functools.partial(world.begin, tx=self.tx), world.copy_of_reference()),
+                partitioner.init_state(functools.partial(world.begin, tx=self.tx), copy_of(world.reference)),
                 rounds.batch,
                 total_steps=options.rounds * options.steps,
                 log=metrics,

@@ -228,6 +228,10 @@ class Checkpoints:
         """The newest step in the directory, verified or not."""
         return self._manager.latest_step()
 
+    def has_files(self) -> bool:
+        """Whether any step, verified or not, is more than an empty folder."""
+        return any(next(iter((self.directory / str(step)).iterdir()), None) is not None for step in self.steps())
+
     def quarantined(self) -> list[int]:
         """The steps that did not verify and were moved to quarantine."""
         folder = self.directory / QUARANTINE

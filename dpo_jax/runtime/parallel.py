@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -156,7 +157,17 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
         return jax.tree.map(_place, tree, tree_shardings(tree, of_variables, mesh))
 
     def put_state(tree):
-        return jax.tree.map(_move, tree, tree_shardings(tree, of_variables, mesh))
+        left = collections.Counter(map(id, jax.tree.leaves(tree)))  # the same array may be in several places of a state
+
+        def move(leaf, sharding):
+            placed = _place(leaf, sharding)
+            left[id(leaf)] -= 1
+            if isinstance(leaf, jax.Array) and leaf.sharding == sharding and not left[id(leaf)]:
+                placed.block_until_ready()
+                leaf.delete()  # so that devices hold one leaf twice, not all
+            return placed
+
+        return jax.tree.map(move, tree, tree_shardings(tree, of_variables, mesh))
 
     def init_state(make, variables):
         # Under jit, so that no device holds a whole moment and the parameters are reused without a copy.
@@ -298,15 +309,6 @@ def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
         # device_put reuses the buffer of a device that already has the shard, whatever may_alias says (jax 0.10.2).
         return jax.device_put(leaf, sharding).copy()
     return jax.device_put(leaf, sharding, may_alias=False)
-
-
-def _move(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    """`_place`, which consumes a leaf that has the sharding already, so that devices hold one such leaf twice, not all."""
-    placed = _place(leaf, sharding)
-    if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
-        placed.block_until_ready()
-        leaf.delete()
-    return placed
 
 
 def _local_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> dict[Any, Part]:

@@ -11,7 +11,9 @@ from dpo_jax.writing import with_causes
 
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.EILSEQ}
 """Numbers of system errors to which a damaged or half-deleted folder leads as well. Every other one is of the storage."""
-_STATUS = re.compile(r"(UNAVAILABLE|RESOURCE_EXHAUSTED|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELED)\b")
+_STATUS = re.compile(
+    r"(UNAVAILABLE|RESOURCE_EXHAUSTED|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|ABORTED|CANCELLED)\b"
+)
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
 
 

@@ -244,7 +244,10 @@ def _resume(
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
     if not hosts.run_on_first(lambda: checkpoints.latest_step() is not None or bool(checkpoints.quarantined())):
         return state  # without a copy of the state, whose form reading needs
-    found = _read(checkpoints, state, partitioner)
+    saves = hosts.run_on_first(checkpoints.has_files)  # a kill may leave an empty folder, which reading removes
+    found = _read(checkpoints, state, partitioner, release=saves)
+    if found is None and not saves:
+        return state
     if found is None:
         raise CheckpointDamaged(f"the checkpoints of {run.path} disappeared while they were read")
     restored, meta_of_saved = found
@@ -332,14 +335,17 @@ def _without_frozen(state: Any) -> Any:
     return state.replace(frozen={}) if isinstance(state, PartlyFrozen) else state
 
 
-def _read(store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None) -> tuple[Any, Any] | None:
+def _read(
+    store: Checkpoints, state: Any, partitioner: Partitioner, *, only: int | None = None, release: bool = True
+) -> tuple[Any, Any] | None:
     """(state in saved form, meta) of the newest good checkpoint, or of step `only`, structured like `state`.
 
-    `state` is released first, but for its frozen part: devices have no room for a state that was restored and another one.
+    `state` is released first, but for its frozen part: devices may have no room for two states.
     """
     saved = _without_frozen(state)
     shapes = partitioner.saved_shapes(saved)
-    free(saved)
+    if release:
+        free(saved)
     with reported("reading the checkpoint"):
         return store.restore_latest(shapes, only=only)
 

@@ -75,14 +75,14 @@ class EarlyStopping:
         self.record |= {**mine, **record}
 
     def catch_up(self, rows: Iterable[Mapping[str, Any]], *, until: int) -> None:
-        """Observes the evaluations among `rows` of `metrics.jsonl` since the last one, up to the one after `until` steps.
+        """Observes the evaluation after `until` steps, if `rows` of `metrics.jsonl` have one and it has not been observed yet.
 
-        A signal may end a run between a checkpoint and its evaluation. The evaluation of the next process is then in the log,
-        but not in the record of that checkpoint.
+        A signal may end a run between the checkpoint of `until` steps and its evaluation. The evaluation of the next process is
+        then in the log, but not in the record of that checkpoint.
         """
         name = f"eval/{self.metric}"
         for row in rows:
-            if name in row and self.last < row["step"] <= until:
+            if name in row and self.last < row["step"] == until:
                 self.observe(row["step"], {self.metric: row[name]})
 
     def words(self, done: int) -> str:

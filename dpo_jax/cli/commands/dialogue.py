@@ -104,7 +104,7 @@ def _shared(config: Config, world: DialogueWorld, digest: str) -> dict[str, Any]
         "lora": dataclasses.asdict(config.lora),
         "precision": config.run.precision,
         "seed": config.run.seed,  # also draws the conversations of the test
-        "ties": "labeled at random",  # earlier versions left them out
+        "ties": "labelled at random",  # earlier versions left them out
     }
 
 

@@ -32,7 +32,7 @@ from dpo_jax.cli.trained import Trained, planned
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
-from dpo_jax.lab.world import World
+from dpo_jax.lab.world import World, copy_of
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import LabelLog
@@ -232,7 +232,7 @@ def _train(
             _refuse_changes(saved, facts)
         if saved is None or saved.step < rounds.every:
             rounds.begin(world.reference)
-        copy = world.copy_of_reference()
+        copy = copy_of(world.reference)
         step = functools.partial(
             dpo_step,
             model=world.model,
