@@ -224,8 +224,8 @@ class Partitioner(NamedTuple):
     compile_map: Callable[[Callable[..., Any]], Callable[..., Any]]
     init_state: Callable[[Callable[[Variables], TrainState], Variables], TrainState]
     put_state: Callable[[TrainState], TrainState]
-    get_state: Callable[[TrainState], TrainState]
-    saved_shapes: Callable[[TrainState], TrainState]
+    get_state: Callable[[Any], Any]  # of any state, or a part of it
+    saved_shapes: Callable[[Any], Any]
     load_variables: Callable[[Variables, Iterable[Any]], Variables]
     make_variables: Callable[[Callable[[], Variables]], Variables]
     put_variables: Callable[[Variables], Variables]

@@ -81,7 +81,7 @@ def test_a_log_softmax_in_bfloat16_is_found(tmp_path, monkeypatch):
 
 
 def test_a_score_of_cpl_that_forgets_its_discount_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpl, "discounted", lambda values, gamma: values.sum(axis=-1))
+    monkeypatch.setattr(cpl, "discounted_sum", lambda values, gamma: values.sum(axis=-1))
     assert checked(tmp_path, "control")[1]["failed"] == ["control.cpl"]
 
 

@@ -13,7 +13,7 @@ from dpo_jax.cli.config import DataConfig
 from dpo_jax.data.encode import encode
 from dpo_jax.data.layout import plain_rows, shared_rows
 from dpo_jax.data.pairs import Cause, DataError, DataReport, Preference, PreferenceSet
-from dpo_jax.data.prepare import _Remembering, data_digest, encode_all, encode_targets
+from dpo_jax.data.prepare import _CachingTokenizer, data_digest, encode_all, encode_targets
 
 LIMITS = {"max_length": 32, "max_prompt_length": 16}
 GOOD = {"prompt": "Human: hi\n\nAssistant:", "chosen": " Hello.", "rejected": " No."}
@@ -256,8 +256,8 @@ EOS_CASES = {
 def test_no_eos_in_a_target_is_overlooked(case):
     tokenizer, holding, free = EOS_CASES[case]
     assert tokenizer.eos_token_id in tokenizer(holding, add_special_tokens=False)["input_ids"]
-    assert _Remembering(tokenizer).may_hold_eos(holding)
-    assert free is None or not _Remembering(tokenizer).may_hold_eos(free)
+    assert _CachingTokenizer(tokenizer).may_hold_eos(holding)
+    assert free is None or not _CachingTokenizer(tokenizer).may_hold_eos(free)
 
 
 def test_the_ids_are_those_of_the_tokenizer_whatever_it_was_last_asked(tokenizer):

@@ -81,17 +81,18 @@ def test_a_looked_up_row_has_a_gradient_summed_in_float32():
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_float32_parameters_are_rounded_in_microbatches(family):
-    """Rounded kernels beside norms and biases that stay float32, in the transpose of a scan that adds to refs."""
+    """Rounded kernels beside norms and biases that stay float32: JAX 0.10 took one for the other when it traced the gradient.
+
+    `test_layouts_and_microbatches_agree` compares numbers, in float32.
+    """
     sizes = {"vocab_size": 64, "width": 16, "layers": 2, "heads": 2, "max_positions": 32, "eos_token_id": 0}
-    model = make_model(decoder_config(hf_config(family, **sizes)), dtype=jnp.bfloat16)
-    rng, tx = np.random.default_rng(0), optax.sgd(0.1)
-    pairs = [Encoded(*(rng.integers(1, 64, n).astype(np.int32) for n in (4, 6, 5))) for _ in range(4)]
-    rows, state = plain_rows(pairs, length=12, ref_logps=np.zeros((4, 2))), init_state(model.init(jax.random.key(0)), tx)
-    step = functools.partial(dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1))
-    one, four = (jax.jit(functools.partial(step, microbatches=count))(state, rows) for count in (1, 4))
-    assert float(one[1]["loss"]) == pytest.approx(float(four[1]["loss"]), rel=1e-3)
-    change, other = (jax.tree.map(jnp.subtract, after.params, state.params) for after, _ in (one, four))
-    assert optax.tree.norm(jax.tree.map(jnp.subtract, change, other)) < 0.02 * optax.tree.norm(change)
+    model, tx = make_model(decoder_config(hf_config(family, **sizes)), dtype=jnp.bfloat16), optax.sgd(0.1)
+    pairs = [Encoded([1, 2, 3], [4, 5, 0], [6, 0]) for _ in range(4)]
+    rows = plain_rows(pairs, length=12, ref_logps=np.zeros((4, 2)))
+    state = jax.eval_shape(lambda: init_state(model.init(jax.random.key(0)), tx))
+    step = functools.partial(dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1), microbatches=4)
+    after, _ = jax.eval_shape(step, state, rows)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
 def test_updates_too_small_for_bfloat16_add_up():

@@ -15,7 +15,7 @@ from dpo_jax.runtime.rundir import RunDir
 def test_skypilot_tells_each_machine_who_it_is(cloud):
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] is True
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [134, 143]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [1, 74, 134, 137, 143]
     (mount,) = task["file_mounts"]
     assert task["file_mounts"][mount]["mode"] == "MOUNT"
     venv = cloud.clone / ".venv" / "bin"
@@ -50,7 +50,7 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
 
     # Another host is gone: started again, but not for ever if no start gets to a new checkpoint.
     cloud.add("dpo-jax", "exit 134", folder=venv)
-    assert [code() for _ in range(5)] == [134] * 4 + [1]
+    assert [code() for _ in range(5)] == [134] * 4 + [70]
     cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/dpo/500; exit 134", folder=venv)
     assert [code() for _ in range(4)] == [134] * 4
     # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
@@ -63,5 +63,6 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
         assert run.metrics.read_text() == "{}"
     shutil.rmtree(results)
     shutil.rmtree(cloud.share / "hh" / "dpo")
+    (cloud.share / "hh" / "starts.0").unlink()
     assert code() == 74
     assert shlex.split(task["setup"])[-1] == "./launch/env.sh"
