@@ -211,8 +211,8 @@ class Partitioner(NamedTuple):
     copies whole arrays. `init_state(make, variables)` consumes such parameters and returns the state `make(variables)`.
 
     `get_state` returns the form that is saved and restored, with the shapes of one device (on a mesh it stays sharded);
-    `put_state` moves that to the devices: arrays that lie there already are consumed. `saved_shapes(state)` is its form without
-    data, `jax.ShapeDtypeStruct`s. `to_host` returns whole numpy arrays, on every host.
+    `put_state` moves that to the devices: arrays that lie there already may be consumed. `saved_shapes(state)` is its form
+    without data, `jax.ShapeDtypeStruct`s. `to_host` returns whole numpy arrays, on every host.
 
     A batch must hold a multiple of `row_shards` rows. `host_part` is (index, count): with several hosts, each supplies its part
     of the rows, the `index`-th of `count`; results of `compile_map` cover all rows.

@@ -18,7 +18,7 @@ from dpo_jax.logps import completion_logps
 from dpo_jax.losses import dpo_loss
 from dpo_jax.models import decoder
 from dpo_jax.models.attention import Rope, Scoring, VisibleKeys, attend, rotate
-from dpo_jax.models.decoder import make_model
+from dpo_jax.models.decoder import _round_kernels, make_model
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf
 from dpo_jax.training.fingerprint import architecture
@@ -260,6 +260,14 @@ def test_kernels_are_rounded_once_without_remat(case, monkeypatch):
     # A CPU may multiply in float32 and spare itself the rounding of a gradient.
     for leaf, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         assert np.linalg.norm(leaf - other) <= 0.004 * np.linalg.norm(other)
+
+
+def test_parameters_of_the_compute_type_are_read_as_they_are():
+    """Their gradients are then added to one sum; those of copies would be made beside it."""
+    model, variables, _, _ = golden("llama")
+    assert _round_kernels(variables, jnp.float32) is variables
+    half = jax.tree_util.tree_leaves_with_path(_round_kernels(variables, jnp.bfloat16)["params"]["layers"])
+    assert {(path[-1].key, leaf.dtype.name) for path, leaf in half} == {("kernel", "bfloat16"), ("scale", "float32")}
 
 
 def test_bfloat16_compute_stays_close_and_keeps_float32_logits():

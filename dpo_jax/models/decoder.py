@@ -6,6 +6,7 @@ and `models.layers` import Flax. Layers are stacked on a leading axis and scanne
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -212,13 +213,18 @@ def _round_kernels(variables: Variables, dtype: Any, names: Collection[str] = ("
     Narrower kernels stay as they are: a wider copy of frozen weights would undo the memory that their type saves.
     """
 
+    def wider(path: tuple[Any, ...], leaf: jax.Array) -> bool:
+        return path[-1].key in names and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
+
     def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        wider = path[-1].key in names and jnp.finfo(leaf.dtype).bits > jnp.finfo(dtype).bits
-        # All are computed: a transpose that adds to refs (`step.mean_grads`) takes parameters read as they are for computed
-        # ones beside them (jax 0.10.2).
-        return leaf.astype(dtype) if wider else leaf * 1.0
+        # Before JAX 0.12, a transpose that adds to refs (`step.mean_grads`) takes parameters read as they are for computed ones
+        # beside them. There all are computed, at the cost of their gradients beside the sum: those of experts are large.
+        as_it_is = leaf if jax.__version_info__ >= (0, 12) else leaf * 1.0
+        return leaf.astype(dtype) if wider(path, leaf) else as_it_is
 
     params = variables["params"]
+    if not any(itertools.starmap(wider, jax.tree_util.tree_leaves_with_path(params["layers"]))):
+        return variables  # whose gradients are added in place, not made beside their sum
     layers = jax.tree_util.tree_map_with_path(rounded, params["layers"])
     return {**variables, "params": {**params, "layers": layers}}
 

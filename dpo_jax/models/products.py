@@ -56,10 +56,15 @@ def _take_few_bits(table: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take(table, index, axis=0)
 
 
+def _take_forward(table: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+    # Columns of no width tell the size and type of the table, which may be gathered from devices and need not be kept.
+    return jnp.take(table, index, axis=0), (table[:, :0], index)
+
+
 def _sum_rows(inputs: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
-    table, index = inputs
-    total = jnp.zeros(table.shape, jnp.float32).at[index].add(cotangent.astype(jnp.float32))
-    return total.astype(table.dtype), None
+    like, index = inputs
+    total = jnp.zeros((len(like), cotangent.shape[-1]), jnp.float32).at[index].add(cotangent.astype(jnp.float32))
+    return total.astype(like.dtype), None
 
 
-_take_few_bits.defvjp(lambda table, index: (jnp.take(table, index, axis=0), (table, index)), _sum_rows)
+_take_few_bits.defvjp(_take_forward, _sum_rows)

@@ -189,7 +189,7 @@ class Checkpoints:
             raise LookupError(f"{self.directory} has no step {only}, but {', '.join(map(str, steps[::-1])) or 'none'}")
         for step in steps if only is None else [only]:
             sealed = step != unfinished
-            record, error = _attempt(lambda step=step: self._read_record(step, needs_seal=step != unfinished), sealed=sealed)
+            record, error = _attempt(lambda step=step, seal=sealed: self._read_record(step, needs_seal=seal), sealed=sealed)
             if error is not None:
                 damaged += self._set_aside(step, error)
                 continue

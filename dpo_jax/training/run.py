@@ -246,10 +246,10 @@ def _resume(
         return state  # without a copy of the state, whose form reading needs
     saves = hosts.run_on_first(checkpoints.has_files)  # a kill may leave an empty folder, which reading removes
     found = _read(checkpoints, state, partitioner, release=saves)
-    if found is None and not saves:
-        return state
     if found is None:
-        raise CheckpointDamaged(f"the checkpoints of {run.path} disappeared while they were read")
+        if saves:
+            raise CheckpointDamaged(f"the checkpoints of {run.path} disappeared while they were read")
+        return state
     restored, meta_of_saved = found
     is_now, here = meta["fingerprint"], SavedRun(str(run.path), int(restored.step), meta_of_saved)
     check_settings(here.place, here.fingerprint, is_now)
