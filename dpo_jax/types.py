@@ -171,6 +171,12 @@ class Model(NamedTuple):
     config: Any = None  # static description (`models.decoder.DecoderConfig` for ours)
 
 
+def init_shapes(model: Model) -> Variables:
+    """The tree of `model.init` as `ShapeDtypeStruct`s. Nothing is computed, and JAX remembers the shapes of each `init`."""
+    key = jax.eval_shape(lambda: jax.random.key(0))  # a key itself would be compiled and computed
+    return jax.eval_shape(model.init, key)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:

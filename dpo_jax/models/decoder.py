@@ -6,8 +6,9 @@ and `models.layers` import Flax. Layers are stacked on a leading axis and scanne
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -235,6 +236,22 @@ def _refuse_adapter(variables: Variables) -> None:
         raise ValueError('variables hold an adapter, "lora": take the model of lora_model, which scales it, or merge_adapter')
 
 
+@functools.lru_cache(maxsize=64)
+def _init_of(config: DecoderConfig) -> tuple[Callable[[jax.Array], Variables], Callable[[], Any]]:
+    """`init` and `axes` of a model. Models of equal `config` share them, so that JAX traces them once for all."""
+    module = Decoder(config, jnp.float32, "none", DENSE)
+
+    def boxed_init(key: jax.Array) -> Variables:
+        one = jnp.zeros((1, 1), jnp.int32)
+        rows = Rows(one, one, one, one + 1, one, one, one, jnp.ones(1), one[0])
+        return module.init(key, rows, method="everything")
+
+    def init(key: jax.Array) -> Variables:
+        return nn.meta.unbox(boxed_init(key))
+
+    return init, lambda: nn.get_partition_spec(jax.eval_shape(boxed_init, jax.eval_shape(lambda: jax.random.key(0))))
+
+
 def make_model(
     config: DecoderConfig, *, dtype: Any = jnp.float32, remat: str = "none", attention: AttentionPath = DENSE
 ) -> Model:
@@ -262,11 +279,7 @@ def make_model(
     if remat not in REMAT:
         raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}")
     module = Decoder(config, dtype, remat, attention)
-
-    def boxed_init(key: jax.Array) -> Variables:
-        one = jnp.zeros((1, 1), jnp.int32)
-        rows = Rows(one, one, one, one + 1, one, one, one, jnp.ones(1), one[0])
-        return module.init(key, rows, method="everything")
+    init, names = _init_of(config)
 
     def init_cache(batch: int, length: int, cache_dtype: Any = None) -> dict[str, jax.Array]:
         cache_dtype = dtype if cache_dtype is None else cache_dtype
@@ -341,7 +354,7 @@ def make_model(
         return hidden, Routing(routed.chosen, routed.probability, routed.entropy, counted)
 
     return Model(
-        init=lambda key: nn.meta.unbox(boxed_init(key)),
+        init=init,
         forward=lambda variables, rows: trunk(variables, rows)[0],
         unembed=lambda variables, hidden: module.apply(variables, hidden, method="unembed"),  # pyright: ignore[reportArgumentType]
         init_cache=init_cache,
@@ -350,6 +363,6 @@ def make_model(
         rounded=rounded,
         by_layer=by_layer,
         route=route if config.experts else None,
-        axes=lambda: nn.get_partition_spec(jax.eval_shape(lambda: boxed_init(jax.random.key(0)))),
+        axes=names,
         config=config,
     )

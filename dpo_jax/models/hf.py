@@ -34,7 +34,7 @@ from dpo_jax.models.hf_settings import older_rotary_keys
 from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.tensors import Tensor, contents, tensors
 from dpo_jax.models.weights import INDEX, Checkpoint, StoredArray, write_shards
-from dpo_jax.types import Model, Variables
+from dpo_jax.types import Model, Variables, init_shapes
 from dpo_jax.untrusted import read_text
 from dpo_jax.writing import write_text
 
@@ -93,8 +93,7 @@ def load_hf(
 
 def variable_shapes(model: Model, dtype: Any = jnp.float32) -> Variables:
     """The tree of `model.init` as `ShapeDtypeStruct`s of `dtype`. Nothing is computed."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))  # a key outside would be compiled and computed
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), init_shapes(model))
 
 
 def read_weights(path: str | Path, model: Model, *, digest: WeightsDigest | None = None, merge: bool = True) -> Iterator[Piece]:

@@ -16,7 +16,7 @@ import numpy as np
 from dpo_jax.models.checkpoint_stream import path_of
 from dpo_jax.models.targets import Chosen as Chosen
 from dpo_jax.models.targets import chosen_names
-from dpo_jax.types import Model, Variables
+from dpo_jax.types import Model, Variables, init_shapes
 
 TRAINED = "trained"
 Tree = dict[str, Any]
@@ -28,7 +28,7 @@ def chosen_parameters(text: str, model: Model) -> Chosen:
     >>> chosen_parameters("last_layer,final_norm.*", decoder)
     Chosen(names=frozenset({'final_norm.scale'}), layers=1)
     """
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))["params"]
+    shapes = init_shapes(model)["params"]
     every = {".".join(path_of(path)): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
     depth = next(shape[0] for name, shape in every.items() if name.startswith("layers."))
     return chosen_names(text, list(every), layers=depth)

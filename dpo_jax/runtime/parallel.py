@@ -22,7 +22,7 @@ from dpo_jax.runtime.mesh import (
     tree_shardings,
     variable_shardings,
 )
-from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables
+from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables, init_shapes
 
 
 def single_device(device: Any = None) -> Partitioner:
@@ -273,7 +273,7 @@ def abstract_state(
 
 def _variables_on(mesh: Mesh, model: Model, units: Units | None) -> tuple[Variables, dict[tuple[str, ...], Any] | None]:
     """Shapes of the variables, and {path: sharding}; None if the model names no axes, so that all are replicated."""
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    shapes = init_shapes(model)
     if model.axes is None:
         return shapes, None
     return shapes, variable_shardings(shapes, model.axes(), mesh, units=units)
