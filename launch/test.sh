@@ -21,5 +21,8 @@ TEXT
 fi
 
 ./launch/env.sh
+# Where Python may not keep what it compiled (images of containers often say so), both processes of pytest and each process that a
+# test starts compile their modules again: 10 s of each pytest go into its tests alone.
+unset PYTHONDONTWRITEBYTECODE
 # Two processes, and each file in one of them: what a file compiles is shared by its tests. Long files first (tests/conftest.py).
 exec "${DPO_JAX_VENV:-.venv}/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
