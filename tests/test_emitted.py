@@ -108,8 +108,8 @@ BIDI = {"LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 def is_plain(text, *, keep="\n\t"):
     """Nothing that a terminal or a browser obeys and nothing that nobody sees, said in other words than the code says it."""
-    kinds = {unicodedata.category(c) for c in text if c not in keep} & {"Cc", "Cs", "Zl", "Zp"}
-    bidi = {unicodedata.bidirectional(c) for c in text} & BIDI
+    kinds = {unicodedata.category(c) for c in {*text} - {*keep}} & {"Cc", "Cs", "Zl", "Zp"}
+    bidi = {unicodedata.bidirectional(c) for c in {*text}} & BIDI
     foreign = re.sub("(?<=❤)\ufe0f", "", functools.reduce(lambda left, word: left.replace(word, ""), FRIENDLY, text))
     ignored = re.search(f"[{IGNORABLE}]", foreign)
     return not kinds and not bidi and not ignored and not re.search("[\u200b\u200e\u200f\u061c\u2060\ufeff\ufffe\uffff]", text)
