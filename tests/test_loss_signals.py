@@ -23,6 +23,7 @@ from dpo_jax.step import init_state
 
 MODEL = toy_model()
 TX = optax.sgd(0.1)
+scored = jax.jit(functools.partial(completion_logps, MODEL), static_argnames="ld_alpha")
 LENGTHS = np.array([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS], np.float32)
 
 
@@ -79,7 +80,7 @@ def test_a_likelihood_term_per_token_does_not_depend_on_how_the_batch_is_cut(cut
         parts = mapped(state, rows_of("shared"))[1]
     for name, value in whole.items():
         np.testing.assert_allclose(parts[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    logps = np.asarray(completion_logps(MODEL, state.variables, plain_rows(PAIRS, length=32)))
+    logps = np.asarray(scored(state.variables, plain_rows(PAIRS, length=32)))
     margins = 0.5 * (logps[:, 0] - logps[:, 1])
     normed = (logps - REF) / LENGTHS
     normed = 0.5 * (normed[:, 0] - normed[:, 1])
@@ -150,7 +151,7 @@ def test_a_loss_across_pairs_sorts_the_whole_of_a_sharded_batch(state):
     found, expected = (metrics_of(named_loss("aot", beta=0.3), state, part) for part in (rows, rows_of("shared")))
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
-    logps = np.asarray(completion_logps(MODEL, state.variables, plain_rows(PAIRS, length=32)))
+    logps = np.asarray(scored(state.variables, plain_rows(PAIRS, length=32)))
     margins = 0.3 * (np.sort(logps[:, 0] - logps[:, 1]) - np.sort(REF[:, 0] - REF[:, 1]))
     assert found["loss"] == pytest.approx(np.log1p(np.exp(-margins)).mean(), rel=1e-5)
 
@@ -174,9 +175,6 @@ def test_a_loss_made_of_others_passes_columns_of_the_data_on(state):
 # LD-DPO
 
 
-scored = jax.jit(functools.partial(completion_logps, MODEL), static_argnames="ld_alpha")
-
-
 def expected_ld(pairs, variables, alpha):
     """From whole completions, and from completions cut to the length of the shorter one."""
     shortest = [min(len(pair.chosen), len(pair.rejected)) for pair in pairs]
@@ -194,7 +192,7 @@ def test_single_completions_have_no_shorter_partner(state):
     rows = rows_of("plain")
     rows = rows.replace(extras={"desirable": np.ones(len(PAIRS), np.float32)})
     with pytest.raises(ValueError, match="leave it at 1 for rankings and single completions"):
-        completion_logps(MODEL, state.variables, rows, ld_alpha=0.5)
+        scored(state.variables, rows, ld_alpha=0.5)
 
 
 @pytest.mark.parametrize("kind", ["plain", "shared", "packed"])
@@ -234,7 +232,7 @@ def test_it_compares_pairs_alone():
     """The weight of a ranking's tokens would depend on all its completions, and the key of a cached value covers two."""
     rankings = ranking_rows([(pair.prompt, [pair.chosen, pair.rejected, pair.chosen]) for pair in PAIRS], length=32)
     with pytest.raises(ValueError, match="compares lengths within a pair: leave it at 1 for rankings"):
-        completion_logps(MODEL, MODEL.init(jax.random.key(0)), rankings, ld_alpha=0.5)
+        scored(MODEL.init(jax.random.key(0)), rankings, ld_alpha=0.5)
 
 
 # WPO

@@ -308,6 +308,14 @@ def test_new_models(family):
     assert ("head_kernel" in shapes["params"]) == (not hf["tie_word_embeddings"])
 
 
+def test_models_of_equal_configuration_share_what_makes_their_variables():
+    """JAX remembers what it traced by function, and a command makes its model many times."""
+    config = golden("gemma3_text")[0].config
+    first, second = make_model(config), make_model(dataclasses.replace(config), dtype=jnp.bfloat16, remat="full")
+    assert (first.init, first.axes) == (second.init, second.axes)
+    assert make_model(dataclasses.replace(config, init_std=0.5)).init is not first.init
+
+
 def test_initial_predictions_are_nearly_uniform():
     hf = hf_config("gpt_neox", vocab_size=50, width=16, layers=2, heads=2, max_positions=16, eos_token_id=0)
     model = make_model(decoder_config(hf))

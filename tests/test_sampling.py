@@ -251,14 +251,15 @@ def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(
 
     def of(model, **options):
         run = functools.partial(generate, model, max_new_tokens=6, eos_id=EOS, temperature=0, **options)
+        traced = jax.jit(run).trace(variables, *prompts, key)
         rounded = [
             inside
-            for one, inside in equations(jax.make_jaxpr(run)(variables, *prompts, key).jaxpr)
+            for one, inside in equations(traced.jaxpr.jaxpr)
             if one.primitive.name == "convert_element_type"
             and (one.invars[0].aval.dtype, one.outvars[0].aval.dtype) == (jnp.float32, jnp.bfloat16)
             and one.invars[0].aval.shape[-2:] in large
         ]
-        return jax.device_get(jax.jit(run)(variables, *prompts, key)), sum(rounded)
+        return jax.device_get(traced.lower().compile()(variables, *prompts, key)), sum(rounded)
 
     ours, within = of(model)
     expected, before = of(model._replace(rounded=None), cache_dtype=jnp.float32)

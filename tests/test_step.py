@@ -371,7 +371,8 @@ def test_extras_reach_the_loss_with_their_pairs(tx):
 
     def with_extras(kind):
         rows = rows_of(kind)
-        return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": np.asarray(completion_lengths(rows))})
+        lengths = np.asarray(jax.jit(completion_lengths)(rows))
+        return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": lengths})
 
     lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
     logps = jax.jit(functools.partial(completion_logps, model))(variables, plain_rows(PAIRS, length=32))
@@ -473,11 +474,11 @@ def test_metrics_of_a_ranking_are_of_its_best_and_its_worst():
 
 
 def test_a_pair_loss_on_rankings_is_refused():
-    model = toy_model()
     rankings, ref = random_rankings(2, 3)
-    step = functools.partial(dpo_step, model=model, tx=optax.sgd(0.1), loss=LOSS)
+    state = init_state((model := toy_model()).init(jax.random.key(0)), optax.sgd(0.1))
+    step = jax.jit(functools.partial(dpo_step, model=model, tx=optax.sgd(0.1), loss=LOSS))
     with pytest.raises(ValueError, match="each example has 3 completions: use plackett_luce_loss"):
-        step(init_state(model.init(jax.random.key(0)), optax.sgd(0.1)), ranking_rows(rankings, length=20, ref_logps=ref))
+        step(state, ranking_rows(rankings, length=20, ref_logps=ref))
 
 
 @pytest.mark.parametrize(
