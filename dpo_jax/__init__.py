@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from dpo_jax.reward_model import with_scalar_head as with_scalar_head
     from dpo_jax.rounding import stochastic_rounding as stochastic_rounding
     from dpo_jax.runtime.checkpoint import Checkpoints as Checkpoints
+    from dpo_jax.runtime.fit import Evaluation as Evaluation
     from dpo_jax.runtime.mesh import make_mesh as make_mesh
     from dpo_jax.runtime.optim import linear_warmup as linear_warmup
     from dpo_jax.runtime.optim import make_optimizer as make_optimizer
@@ -91,6 +92,7 @@ if TYPE_CHECKING:
     from dpo_jax.step import mean_grads as mean_grads
     from dpo_jax.step import train_step as train_step
     from dpo_jax.training.references import cached_reference_logps as cached_reference_logps
+    from dpo_jax.training.run import Saving as Saving
     from dpo_jax.training.run import train as train
     from dpo_jax.types import Model as Model
     from dpo_jax.types import Rows as Rows
@@ -129,6 +131,7 @@ _HOMES = {
     "reward_model": ("completion_rewards", "reward_step", "with_scalar_head"),
     "rounding": ("stochastic_rounding",),
     "runtime.checkpoint": ("Checkpoints",),
+    "runtime.fit": ("Evaluation",),
     "runtime.mesh": ("make_mesh",),
     "runtime.optim": ("linear_warmup", "make_optimizer"),
     "runtime.parallel": ("mesh_partitioner", "pmap_partitioner", "single_device"),
@@ -136,7 +139,7 @@ _HOMES = {
     "sft": ("sft_step",),
     "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),
     "training.references": ("cached_reference_logps",),
-    "training.run": ("train",),
+    "training.run": ("Saving", "train"),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -53,7 +53,7 @@ LONGEST = (
     *("cli_resume", "models", "step", "multidevice", "cli_refusals", "golden", "lora", "sampling"),
     *("functional", "loss_signals", "loss_names", "images_model", "attention", "flash", "diffusion", "ppo"),
     *("training", "config", "routing", "online_rounds", "pods", "chat_runs", "cli_runs", "context"),
-    *("reward_model", "model_check", "moving", "emitted", "check", "row_kinds", "win_rates", "theory"),
+    *("reward_model", "model_check", "refresh", "emitted", "check", "row_kinds", "win_rates", "theory"),
     *("report", "sampling_lanes", "groups", "expert_mesh", "image_runs", "implicit_rewards", "control", "checkpoint"),
     *("judge", "interrupts", "lora_runs", "bench", "notebook", "hosts", "faults", "cli_frontier"),
 )

@@ -122,8 +122,8 @@ def test_a_reference_that_is_not_the_start_is_named(run):
     assert "- reference:" not in dpo_card(Config(), run)
     second = Config(dpo=DpoConfig(policy="first/dpo/export", reference="org/sft@0f1e"))
     card = dpo_card(second, run)
-    moving = dpo_card(Config(dpo=DpoConfig(refresh_reference_steps=200)), run)
-    assert "- moving reference: the policy itself after every 200 steps (" in moving
+    refresh = dpo_card(Config(dpo=DpoConfig(refresh_reference_steps=200)), run)
+    assert "- refreshed reference: the policy itself after every 200 steps (" in refresh
     assert "- start: `dpo/export`\n- reference: [org/sft](https://huggingface.co/org/sft), revision `0f1e`\n" in card
 
 

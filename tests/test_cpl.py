@@ -17,7 +17,7 @@ from dpo_jax.runtime import parallel
 from dpo_jax.runtime.fit import Preempted
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.step import init_state
-from dpo_jax.training.run import train
+from dpo_jax.training.run import Saving, train
 
 OPTIONS = {"alpha": 0.3, "gamma": 0.9, "lam": 0.6}
 
@@ -120,7 +120,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
             return compiled(state, batch)
 
         state, options = init_state({"gain": jnp.float32(GAIN)}, tx), {"total_steps": 12, "fingerprint": OPTIONS}
-        return train(step, state, pairs, folder=tmp_path / name, save_every=5, **options)
+        return train(step, state, pairs, folder=tmp_path / name, saving=Saving(every=5), **options)
 
     whole = run("whole")
     with pytest.raises(Preempted, match="SIGTERM after 8 steps"):

@@ -20,7 +20,7 @@ import pytest
 
 from dpo_jax.runtime import metrics as records
 from dpo_jax.runtime import parallel
-from dpo_jax.runtime.fit import EXIT_PREEMPTED, Interrupted, NonFinite, Preempted, Verdict, _Compilations, fit
+from dpo_jax.runtime.fit import EXIT_PREEMPTED, Evaluation, Interrupted, NonFinite, Preempted, Verdict, _Compilations, fit
 from dpo_jax.runtime.progress import Board
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import TrainState
@@ -97,8 +97,7 @@ def test_every_number_belongs_to_its_step_and_rows_are_written_before_saves(tmp_
             checkpoints=memory,
             meta={"config": 1},
             log=log,
-            evaluate=lambda state, done: seen.append(done) or {"accuracy": state.params["w"] * 2},
-            eval_every=3,
+            evaluation=Evaluation(lambda state, done: seen.append(done) or {"accuracy": state.params["w"] * 2}, every=3),
             save_every=2,
         )
     assert int(state.step) == 5
@@ -188,7 +187,7 @@ def test_metrics_are_read_while_the_next_step_is_under_way(tmp_path):
 def test_resume_forgets_what_came_later_and_continues(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with records.MetricsLog(path) as log:
-        fit(compiled, start(), stream, total_steps=5, log=log, evaluate=lambda state, done: {"a": 1.0}, eval_every=2)
+        fit(compiled, start(), stream, total_steps=5, log=log, evaluation=Evaluation(lambda state, done: {"a": 1.0}, every=2))
     with open(path, "ab") as file:
         file.write(b'{"step": 5, "lo')  # torn by a crash
     with records.MetricsLog(path) as log:
@@ -304,8 +303,7 @@ def test_signal_finishes_the_step_saves_and_says_so(number):
             stream,
             total_steps=9,
             checkpoints=memory,
-            evaluate=lambda *_: pytest.fail("no time"),
-            eval_every=3,
+            evaluation=Evaluation(lambda *_: pytest.fail("no time"), every=3),
         )
     assert caught.value.step == 3
     assert isinstance(caught.value, Interrupted) == (number == signal.SIGINT)  # whom no launcher starts again
@@ -340,7 +338,7 @@ def test_signal_during_the_last_evaluation_or_save_is_not_lost(during, agreement
     memory = Memory()
     if during == "save":
         memory.wait = terminated
-    options = {"evaluate": terminated} if during == "evaluation" else {}
+    options = {"evaluation": Evaluation(terminated)} if during == "evaluation" else {}
     with pytest.raises(Preempted, match="after 2 steps; the state is saved"):
         fit(compiled, start(), stream, total_steps=2, checkpoints=memory, agree=agreement(), **options)
     assert list(memory.saved) == [2]
@@ -349,11 +347,14 @@ def test_signal_during_the_last_evaluation_or_save_is_not_lost(during, agreement
 @AGREEMENTS
 @pytest.mark.parametrize(("total", "verdict"), [(2, Verdict()), (4, Verdict(stop=True))])
 def test_signal_during_an_evaluation_after_which_no_step_follows_is_not_lost(total, verdict, agreement):
-    options = {"evaluate_first": True, "watch": lambda *_: verdict, "agree": agreement()}
+    def run(state, measure):
+        evaluation = Evaluation(measure, first=True, watch=lambda *_: verdict)
+        return fit(pytest.fail, state, stream, total_steps=total, evaluation=evaluation, agree=agreement())
+
     with pytest.raises(Preempted, match="after 2 steps"):
-        fit(pytest.fail, start(2, 3.0), stream, total_steps=total, evaluate=terminated, **options)
+        run(start(2, 3.0), terminated)
     state = start(2, 3.0)
-    assert fit(pytest.fail, state, stream, total_steps=total, evaluate=lambda *_: {}, **options) is state
+    assert run(state, lambda *_: {}) is state
 
 
 def test_second_signal_ends_the_process_at_once():
@@ -422,7 +423,7 @@ def test_progress_off_a_terminal_prints_plain_lines():
         stream,
         total_steps=3,
         progress=Progress(board=Board(out)),
-        evaluate=lambda *_: {"accuracy": 0.5},
+        evaluation=Evaluation(lambda *_: {"accuracy": 0.5}),
     )
     lines = out.getvalue().splitlines()
     assert len(lines) == 4

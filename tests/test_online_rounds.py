@@ -26,11 +26,12 @@ from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
 from dpo_jax.online.samples import encoded_pairs, sample_completions
 from dpo_jax.runtime.checkpoint import CheckpointDamaged
+from dpo_jax.runtime.fit import Evaluation
 from dpo_jax.runtime.mesh import make_mesh
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.rundir import RunDir
-from dpo_jax.training.run import saved_run, train
+from dpo_jax.training.run import Saving, saved_run, train
 
 
 class Killed(BaseException):
@@ -153,10 +154,9 @@ def _online(parts, run, *, reward, tick, measured, rounds, **changes):
         fingerprint={"online": True},
         saved=saved,
         partitioner=partitioner,
-        save_every=1,
-        evaluate=evaluate,
-        eval_every=STEPS,
-        moving=made,
+        saving=Saving(every=1),
+        evaluation=Evaluation(evaluate, every=STEPS),
+        refresh=made,
         say=lambda line: None,
     )
 
@@ -313,7 +313,7 @@ def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, options)
         for number, beta in enumerate((0.1, 0.025)):
-            made.move(number * STEPS, parts.world.reference, "weights")
+            made.update(number * STEPS, parts.world.reference, "weights")
             batch = made.batch(number * STEPS)
             extras, used = batch.rows.extras, batch.index >= 0
             assert extras is not None
@@ -333,7 +333,7 @@ def test_soft_pairs_bring_the_beta_of_their_round_and_how_sure_their_labels_are(
 def test_padding_examples_of_a_batch_have_a_beta_that_losses_can_divide_by(parts, tmp_path):
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, {"pairs": "all", "beta_last": 0.025, "rounds": 2})
-        made.move(0, parts.world.reference, "weights")
+        made.update(0, parts.world.reference, "weights")
         batch = made.batch(0)
         assert (batch.index < 0).any()
         np.testing.assert_allclose(batch.rows.extras["beta"], 0.1)
@@ -346,7 +346,7 @@ def test_steps_read_the_newest_rounds_that_have_their_reference(parts, tmp_path,
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, {"replay": 3, "steps": 6, "refresh": refresh})
         for number in range(4):
-            made.move(6 * number, parts.world.reference, f"weights {number}")
+            made.update(6 * number, parts.world.reference, f"weights {number}")
     uids = [uid for step in range(18, 24) for uid in uids_of(made.batch(step))]
     pairs = {n: len((tmp_path / f"round-{n:03}" / "pairs.jsonl").read_text().splitlines()) for n in read}
     seen = collections.Counter(int(uid.split(":")[0].removeprefix("round ")) for uid in set(uids))
@@ -378,10 +378,10 @@ def test_a_run_that_reads_earlier_rounds_ends_in_the_same_bits_after_kills(parts
 def test_an_earlier_round_that_is_damaged_is_named(parts, tmp_path):
     with RunDir(tmp_path) as run:
         made = rounds_of(parts, run.path, {"replay": 2})
-        made.move(0, parts.world.reference, "weights 0")
+        made.update(0, parts.world.reference, "weights 0")
         (tmp_path / "round-000" / "scores.jsonl").write_text("")
         with pytest.raises(CheckpointDamaged, match="round-000 is damaged, but round 1 also learns from it"):
-            made.move(STEPS, parts.world.reference, "weights 1")
+            made.update(STEPS, parts.world.reference, "weights 1")
 
 
 def test_a_round_without_a_pair_says_why(parts, tmp_path):

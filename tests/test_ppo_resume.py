@@ -24,6 +24,7 @@ from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.step import init_state
 from dpo_jax.training.fingerprint import RunMismatch
+from dpo_jax.training.run import Saving
 
 MODEL = tabular_model()._replace(config=SimpleNamespace(width=CONTEXTS))
 OPTIONS = PpoOptions(5, 8, 2, 2, 1, 16, clip=0.2, value_clip=0.2, value_weight=0.1, gamma=1.0, lam=0.95)
@@ -69,7 +70,7 @@ def run(method, folder, *, killed_at=None, seed=0, save_every=0):
         kl_coef=0.5,
         evaluations=3,
         seed=seed,
-        resumable={"fingerprint": {"seed": seed}, "save_every": save_every},
+        resumable={"fingerprint": {"seed": seed}, "saving": Saving(every=save_every)},
     )
     return *found, len(drawn)
 

@@ -75,7 +75,7 @@ def pass_time(on, clock, seconds):
 def train(on, clock, *, steps, seconds, total, epochs=0.0, first=0):
     """Steps that take `seconds` each."""
     training = Progress(epochs=epochs, board=on)
-    training.start(first, total, unit="pairs")
+    training.start(first, total)
     for step in range(first, first + steps):
         pass_time(on, clock, seconds)
         training.step({"step": step, **STEP})
@@ -139,7 +139,7 @@ def test_an_evaluation_of_sft_tells_the_loss_per_token():
 def test_a_step_of_sft_tells_the_loss_per_token():
     on, _ = board(io.StringIO())
     training = Progress(board=on)
-    training.start(0, 4, unit="texts")
+    training.start(0, 4)
     training.step({"step": 0, "loss": 152.31, "nll_per_token": 2.913})
     assert training.line() == "step 1/4  loss 152.3  2.913 per token"
 
@@ -152,7 +152,7 @@ def test_no_remaining_time_is_told_before_there_are_steady_steps():
     log = io.StringIO()
     on, clock = board(log)
     training = Progress(board=on)
-    training.start(0, 12, unit="pairs")
+    training.start(0, 12)
     lines = []
     for step, compiling in enumerate((30, 0, 0, 30, 0)):
         clock.now += 2 + compiling

@@ -20,6 +20,7 @@ from dpo_jax.runtime.optim import make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.step import init_state
 from dpo_jax.training.fingerprint import RunMismatch
+from dpo_jax.training.run import Saving
 from dpo_jax.types import Model, RowImages
 
 SIZES = {"vocab_size": 64, "width": 32, "layers": 1, "heads": 4, "max_positions": 64, "eos_token_id": 0}
@@ -198,7 +199,7 @@ def test_a_run_that_was_killed_continues_and_ends_with_the_same_bits(tmp_path, v
     judge = RewardModel(single_device(), BASE)
     pairs = random_pairs(24, 5, separable=True)
     options = {"make_tx": lambda steps: optax.sgd(0.3), "batch": 4, "epochs": 2, "evaluations": 3, "seed": 0}
-    options |= {"say": lambda line: None, "save_every": 1}
+    options |= {"say": lambda line: None, "saving": Saving(every=1)}
 
     def learn(folder, *, killed_at=-1, **other):
         def check(step, metrics):

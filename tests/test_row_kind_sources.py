@@ -1,4 +1,4 @@
-"""Single completions and rankings as conversations of several turns, from several sources, and with moving references."""
+"""Single completions and rankings as conversations of several turns, from several sources, and with refreshed references."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from dpo_jax.data.repeats import find_repeats
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tfds import write_tfds
 from dpo_jax.data.unpaired import mismatched
-from dpo_jax.training.moving import MovingReference
+from dpo_jax.training.refresh import RefreshedReference
 
 LIMITS: dict[str, Any] = {"max_length": 200, "max_prompt_length": 60}
 PAIR = {"prompt": "Name a fruit.", "chosen": " An apple.", "rejected": " A brick."}
@@ -223,7 +223,7 @@ def test_a_tfds_folder_takes_pairs_only(row, rows, tmp_path):
         write_tfds({"train": load(tmp_path, row, rows=rows)}, tmp_path / "tfds")
 
 
-# Moving references
+# Refreshed references
 
 
 @pytest.mark.parametrize("completions", [2, 3])
@@ -231,8 +231,8 @@ def test_a_tfds_folder_takes_pairs_only(row, rows, tmp_path):
 def test_references_of_all_completions_move(completions, first_host, tmp_path, monkeypatch):
     label = {"desirable": True} if completions == 2 else {}
     examples = [example(completions, number, **label) for number in range(5)]
-    monkeypatch.setattr("dpo_jax.training.moving.is_first", lambda: first_host)
-    moving = MovingReference(
+    monkeypatch.setattr("dpo_jax.training.refresh.is_first", lambda: first_host)
+    refresh = RefreshedReference(
         2,
         pairs=examples,
         values=np.ones((5, completions), np.float32),
@@ -244,12 +244,12 @@ def test_references_of_all_completions_move(completions, first_host, tmp_path, m
         batch=2,
         say=lambda line: None,
     )
-    moving.move(2, {"start": np.float32(-50)}, "digest", steps=[])
-    told = np.isfinite(moving.values)
+    refresh.update(2, {"start": np.float32(-50)}, "digest", steps=[])
+    told = np.isfinite(refresh.values)
     assert told.all(axis=1).tolist() == told.any(axis=1).tolist() == [False, False, True, True, True]
     # What other hosts hold is replaced by what the first one has found.
     steps = np.arange(completions) / 10 if first_host else np.zeros(completions)
-    np.testing.assert_allclose(moving.values[2] - moving.values[2, 0], steps, atol=1e-5)
+    np.testing.assert_allclose(refresh.values[2] - refresh.values[2, 0], steps, atol=1e-5)
 
 
 @pytest.mark.parametrize(

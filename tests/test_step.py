@@ -371,8 +371,7 @@ def test_extras_reach_the_loss_with_their_pairs(tx):
 
     def with_extras(kind):
         rows = rows_of(kind)
-        lengths = np.asarray(jax.jit(completion_lengths)(rows))
-        return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": lengths})
+        return rows.replace(extras={"gap": examples_to_rows(gap, rows), "lengths": jax.jit(completion_lengths)(rows)})
 
     lengths = np.float32([[len(pair.chosen), len(pair.rejected)] for pair in PAIRS])
     logps = jax.jit(functools.partial(completion_logps, model))(variables, plain_rows(PAIRS, length=32))

@@ -13,14 +13,14 @@ from dpo_jax.cli.commands.export import _best_step
 from dpo_jax.cli.config import DpoConfig
 from dpo_jax.data.loader import batch_indices
 from dpo_jax.runtime.checkpoint import newest_meta
-from dpo_jax.runtime.fit import Preempted, fit
+from dpo_jax.runtime.fit import Evaluation, Preempted, fit
 from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.spikes import Spikes
 from dpo_jax.step import init_state
 from dpo_jax.training import fingerprint
-from dpo_jax.training.run import train
+from dpo_jax.training.run import Saving, train
 from dpo_jax.training.stopping import EarlyStopping
 
 HELD_OUT = {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0, 12: 1.0}  # 10: as good as the best is not better
@@ -29,7 +29,7 @@ TX = dpo_jax.make_optimizer(lambda step: 0.0)
 COUNT = PLACED.compile_step(lambda state, x: (state.replace(step=state.step + 1, params=state.params + x), {"loss": x}))
 
 
-def run(folder, *, stop=12, killed_at=None, stopping=None, held_out=HELD_OUT, **options):
+def run(folder, *, stop=12, killed_at=None, stopping=None, held_out=HELD_OUT, first=False, **options):
     """Counts to `stop` with an evaluation every second step. Returns (final count, steps taken, the record, what was said)."""
     taken, said = [], []
 
@@ -40,15 +40,14 @@ def run(folder, *, stop=12, killed_at=None, stopping=None, held_out=HELD_OUT, **
         return COUNT(state, x)
 
     stopping = stopping or EarlyStopping("loss", patience=3)
-    options = {"fingerprint": {"by": 1.0}, "save_every": 1, **options}
+    options = {"fingerprint": {"by": 1.0}, "saving": Saving(every=1), **options}
     state = train(
         stepping,
         PLACED.put_state(init_state(np.float32(0), TX)),
         lambda i: np.float32(1),
         folder=folder,
         total_steps=stop,
-        evaluate=lambda state, done: {"loss": held_out[int(state.params)]},
-        eval_every=2,
+        evaluation=Evaluation(lambda state, done: {"loss": held_out[int(state.params)]}, every=2, first=first),
         stopping=stopping,
         say=said.append,
         **options,
@@ -87,7 +86,7 @@ def test_it_ends_without_a_better_evaluation_and_returns_the_best(whole):
 
 def test_the_weights_before_the_first_step_are_no_candidate(whole, tmp_path):
     """Also where they are the best, and where a kill came before the first checkpoint."""
-    options = {"held_out": {0: 0.0, **HELD_OUT}, "eval_at_start": True}
+    options = {"held_out": {0: 0.0, **HELD_OUT}, "first": True}
     with pytest.raises(Preempted):
         run(tmp_path, killed_at=4, **options)
     count, _, record, _ = run(tmp_path, **options)
@@ -153,7 +152,7 @@ def test_what_cannot_stop_a_run_is_refused(tmp_path):
         EarlyStopping(patience=0)
     with pytest.raises(ValueError, match="has no 'margin' to stop on; it has loss"):
         EarlyStopping("margin", patience=1).observe(1, {"loss": 1.0})
-    with pytest.raises(ValueError, match="stopping needs evaluate"):
+    with pytest.raises(ValueError, match="stopping needs evaluation"):
         train(COUNT, None, None, folder=tmp_path, total_steps=1, fingerprint={}, stopping=EarlyStopping(patience=1))
 
 

@@ -20,7 +20,7 @@ from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import ForeignCache
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints
-from dpo_jax.runtime.fit import Preempted
+from dpo_jax.runtime.fit import Evaluation, Preempted
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunLocked
@@ -194,7 +194,7 @@ def test_it_evaluates_at_the_end_and_only_once(tmp_path):
         return {"sum": state.params}
 
     for _ in range(2):
-        small(tmp_path, 4, evaluate=evaluate, eval_every=3)
+        small(tmp_path, 4, evaluation=Evaluation(evaluate, every=3))
     assert seen == [3, 4]
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if is_evaluation(row)]
     assert rows == [{"step": 3, "eval/sum": 3.0}, {"step": 4, "eval/sum": 4.0}]
@@ -209,7 +209,7 @@ def test_it_evaluates_before_the_first_step_if_asked_and_only_once(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)  # after step 2, before any checkpoint
         return {"sum": state.params}
 
-    options = {"evaluate": evaluate, "eval_every": 2, "eval_at_start": True}
+    options = {"evaluation": Evaluation(evaluate, every=2, first=True)}
     with pytest.raises(Preempted):
         small(tmp_path, 4, **options)
     small(tmp_path, 4, **options)
@@ -227,7 +227,7 @@ def test_a_folder_has_one_run_at_a_time(tmp_path):
             small(tmp_path)
         return {"ok": 1.0}
 
-    small(tmp_path, evaluate=evaluate)
+    small(tmp_path, evaluation=Evaluation(evaluate))
 
 
 def test_a_cache_of_other_weights_is_refused(names, whole):

@@ -44,6 +44,7 @@ from dpo_jax.runtime.optim import make_schedule as named_schedule
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir, write_json
+from dpo_jax.training.run import Saving
 from dpo_jax.training.run import free as free
 from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.untrusted import Unreadable, read_object, read_text
@@ -92,6 +93,13 @@ def describe(run: RunDir, config: Config, *reports: DataReport) -> None:
     run.write_env()
     if reports:
         write_json(run.data_report, {report.split: report.to_json() for report in reports})
+
+
+def saving(config: Config, task: str) -> Saving:
+    """When and where the training of `task` saves its state, by the options of section `run`."""
+    run = config.run
+    elsewhere = None if run.checkpoints is None else config.checkpoints_of(task)
+    return Saving(run.save_every_steps, run.save_every_minutes, keep=run.max_to_keep, folder=elsewhere)
 
 
 def make_partitioner(config: Config, model: Model) -> Partitioner:

@@ -232,7 +232,7 @@ def _made_of(
         yield "reference", _start(config, section.reference, model_origin(section.reference))
     if isinstance(section, DpoConfig) and section.refresh_reference_steps is not None:
         every = f"after every {section.refresh_reference_steps:,} steps"
-        yield "moving reference", f"the policy itself {every} ([TR-DPO](https://arxiv.org/abs/2404.09656))"
+        yield "refreshed reference", f"the policy itself {every} ([TR-DPO](https://arxiv.org/abs/2404.09656))"
     yield "data", _data_name(config)
     yield "made with", _made_with(run)
 

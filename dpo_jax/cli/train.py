@@ -33,6 +33,7 @@ from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.terminal import printable
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import has_steps
+from dpo_jax.runtime.fit import Evaluation
 from dpo_jax.runtime.mesh import mesh_sizes
 from dpo_jax.runtime.mesh_shape import mesh_words
 from dpo_jax.runtime.metrics import Writer, read_metrics
@@ -43,8 +44,8 @@ from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.runtime.writers import AsTrl, Delivery, Place, TensorBoard, Trackio, Wandb
 from dpo_jax.training import fingerprint
 from dpo_jax.training.fingerprint import SavedRun
-from dpo_jax.training.moving import MovingReference
-from dpo_jax.training.run import Evaluate, saved_run
+from dpo_jax.training.refresh import RefreshedReference
+from dpo_jax.training.run import saved_run
 from dpo_jax.training.run import train as train_in
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Array, Model, Partitioner, TrainState, Variables
@@ -183,11 +184,10 @@ def train(
     variables: Variables,
     weights: Mapping[str, str],
     partitioner: Partitioner,
-    evaluate: Evaluate,
+    evaluate: Callable[[TrainState, int], Mapping[str, float]],
     ref_logps: Array | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
-    moving: MovingReference | None = None,
-    unit: str = "pairs",
+    refresh: RefreshedReference | None = None,
 ) -> TrainState:
     """Trains `part` from `variables` (consumed) or from the newest good checkpoint. Returns the final state on the devices.
 
@@ -198,9 +198,9 @@ def train(
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
     state = part.begin(partitioner, variables, tx)
-    words = f"{loss_table.example_word(section.loss)} to train on" if isinstance(section, DpoConfig) else f"{unit} to train on"
+    examples = loss_table.example_word(section.loss) if isinstance(section, DpoConfig) else "texts"
     print(
-        f"{len(data.train):,} {words}, {len(data.held_out):,} held out; "
+        f"{len(data.train):,} {examples} to train on, {len(data.held_out):,} held out; "
         f"rows of {plan.layout.length} tokens\n{_device_summary(config, section, state, partitioner)}",
         flush=True,
     )
@@ -252,22 +252,19 @@ def train(
             data=plan.record,
             saved=plan.saved,
             partitioner=partitioner,
-            checkpoints=config.checkpoints_of(run.path.name) if config.run.checkpoints is not None else None,
-            max_to_keep=config.run.max_to_keep,
-            save_every=config.run.save_every_steps,
-            save_every_minutes=config.run.save_every_minutes,
-            evaluate=evaluate,
-            eval_every=math.ceil(config.run.eval_every_examples / section.batch),
-            eval_at_start=config.run.eval_at_start,
+            saving=build.saving(config, run.path.name),
+            evaluation=Evaluation(
+                evaluate, every=math.ceil(config.run.eval_every_examples / section.batch), first=config.run.eval_at_start
+            ),
             stopping=stopping,
-            moving=moving,
+            refresh=refresh,
             lr=lr,
             check=check,
             begin=begin,
             writers=functools.partial(metrics_writers, config, run, facts),
-            progress=Progress(epochs=plan.epochs or plan.steps * section.batch / len(data.train)),
-            unit=unit,
-            shapes=max(1, len(plan.layout.row_counts)),
+            progress=Progress(
+                epochs=plan.epochs or plan.steps * section.batch / len(data.train), shapes=max(1, len(plan.layout.row_counts))
+            ),
         )
 
 

@@ -19,7 +19,7 @@ from dpo_jax.control.iql import Critics, iql_step, reward_of, segment_reward_ste
 from dpo_jax.control.policies import Network, gaussian_policy
 from dpo_jax.control.rollouts import Kind, Preferences, World, best_segments, draws
 from dpo_jax.cpl import bc_step, cpl_step
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import init_state
@@ -111,6 +111,7 @@ class Learner:
             points.append(self.measure(policy_of(partitioner.to_host(state.params)), done))
             return points[-1]
 
+        measured = Evaluation(evaluate, every=math.ceil((o.sft_steps + o.steps) / o.evaluations))
         begun = init_state(variables, self.tx).replace(step=np.int32(start))
         with MetricsLog(log) as metrics:
             state = fit(
@@ -119,8 +120,7 @@ class Learner:
                 stream,
                 total_steps=start + steps,
                 log=metrics,
-                evaluate=None if points is None else evaluate,
-                eval_every=math.ceil((o.sft_steps + o.steps) / o.evaluations),
+                evaluation=None if points is None else measured,
                 get_state=partitioner.get_state,
             )
         return partitioner.to_host(state.params)

@@ -24,14 +24,14 @@ from dpo_jax.extras import install_command
 from dpo_jax.lab.world import Points, with_interval
 from dpo_jax.losses import PreferenceLoss
 from dpo_jax.models.digest import weights_digest
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state
 from dpo_jax.training.fingerprint import check_settings
-from dpo_jax.training.run import saved_run, train
+from dpo_jax.training.run import Saving, saved_run, train
 from dpo_jax.types import Metrics, TrainState, Variables
 
 SETTINGS = "settings"
@@ -148,11 +148,10 @@ class DigitsWorld:
                 stream,
                 folder=folder,
                 total_steps=sizes.pretrain_steps,
-                save_every=500,
+                saving=Saving(every=500),
                 fingerprint={**fingerprint, "data": weights_digest({"images": self.real.images})},
                 partitioner=partitioner,
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
-                unit="images",
             )
         self.reference = {"params": partitioner.to_host(state.params)["params"]}
 
@@ -239,8 +238,7 @@ class DigitsWorld:
                 stream,
                 total_steps=steps,
                 log=log,
-                evaluate=evaluate,
-                eval_every=max(1, math.ceil(steps / sizes.evaluations)),
+                evaluation=Evaluation(evaluate, every=max(1, math.ceil(steps / sizes.evaluations))),
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
             )

@@ -19,7 +19,7 @@ from dpo_jax.dpo import dpo_step
 from dpo_jax.lab.world import Points, Trainable, copy_of
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Metrics, Partitioner, Rows, TrainState, Variables
 
@@ -144,8 +144,7 @@ class PairMethod:
                 ),
                 total_steps=steps,
                 log=log,
-                evaluate=evaluate,
-                eval_every=max(1, math.ceil(steps / evaluations)),
+                evaluation=Evaluation(evaluate, every=max(1, math.ceil(steps / evaluations))),
                 check=lambda step, metrics: task.advance(note="loss {loss:.4f}".format(**metrics)),
                 get_state=partitioner.get_state,
                 agree=hosts.agreement(),

@@ -37,7 +37,7 @@ from dpo_jax.ppo import (
 )
 from dpo_jax.reward_model import HEAD, scalar_head, with_scalar_head
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.rundir import RunDir
@@ -214,7 +214,7 @@ class PpoMethod:
         step = functools.partial(self._rollout, reward=reward, target_kl=target_kl, key=jax.random.key(seed))
         state = PpoState.of(0, self._begin(), kl_coef, ScoreStats())
         draws = _draws(len(world.train.ids), size=o.batch, epochs=o.epochs, seed=seed)
-        every = max(1, math.ceil(o.iterations / evaluations))
+        evaluation = Evaluation(evaluate, every=max(1, math.ceil(o.iterations / evaluations)))
         with reported("PPO", total=o.iterations, unit="rollouts", brief=True) as task:
             done = 0
 
@@ -223,7 +223,7 @@ class PpoMethod:
                 task.advance(step + 1 - done, note="reward {rollout/reward:.2f}, KL {rollout/kl:.2f} nats".format(**row))
                 done = step + 1
 
-            options: dict[str, Any] = {"total_steps": o.iterations, "evaluate": evaluate, "eval_every": every, "check": check}
+            options: dict[str, Any] = {"total_steps": o.iterations, "evaluation": evaluation, "check": check}
             if resumable is None:
                 with hosts.metrics_log(log_file) as log:
                     of_hosts = {"get_state": partitioner.get_state, "agree": hosts.agreement()}

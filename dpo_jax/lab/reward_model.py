@@ -29,6 +29,7 @@ from dpo_jax.models.hf import cast, save_hf, variable_shapes
 from dpo_jax.models.scorer import scorer_settings, without_earlier_head
 from dpo_jax.models.tensors import SCORE
 from dpo_jax.reward_model import HEAD, center_rewards, completion_rewards, reward_step, scalar_head, with_scalar_head
+from dpo_jax.runtime.fit import Evaluation
 from dpo_jax.runtime.hosts import is_first
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
@@ -143,8 +144,7 @@ def fit_reward_model(
         total_steps=steps,
         fingerprint={**fingerprint, **own},
         partitioner=partitioner,
-        evaluate=evaluate,
-        eval_every=max(1, math.ceil(steps / evaluations)),
+        evaluation=Evaluation(evaluate, every=max(1, math.ceil(steps / evaluations))),
         stopping=best,
         progress=Progress(epochs=epochs),
         **options,

@@ -25,7 +25,7 @@ from dpo_jax.runtime.optim import make_optimizer, make_schedule
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import reported
 from dpo_jax.step import init_state, train_step
-from dpo_jax.training.run import train
+from dpo_jax.training.run import Saving, train
 from dpo_jax.types import Array, Metrics, TrainState, Variables
 
 
@@ -107,10 +107,9 @@ def train_encoder(
             stream,
             folder=folder,
             total_steps=steps,
-            save_every=max(1, steps // 2),
+            saving=Saving(every=max(1, steps // 2)),
             fingerprint=fingerprint,
             partitioner=partitioner,
             check=lambda step, metrics: task.advance(note="{right:.0%} right".format(**metrics)),
-            unit="images",
         )
     return {"params": partitioner.to_host(state.params)["params"]["encoder"]}

@@ -31,7 +31,7 @@ from dpo_jax.sampling import generate, left_pad, left_pad_images
 from dpo_jax.sft import sft_step
 from dpo_jax.step import init_state
 from dpo_jax.training.features import image_features, on_devices, open_features
-from dpo_jax.training.run import train
+from dpo_jax.training.run import Saving, train
 from dpo_jax.types import Metrics, Rows, TrainState, Variables
 
 NEW_TOKENS = 24  # limit for a sampled caption; a true one of three objects takes 15
@@ -174,11 +174,10 @@ class ScenesWorld:
                 train_batches(texts, layout=layout, batch=sizes.sft_batch, seed=self.seed),
                 folder=self.folder / "sft",
                 total_steps=sizes.sft_steps,
-                save_every=500,
+                saving=Saving(every=500),
                 fingerprint=self.fingerprint,
                 partitioner=partitioner,
                 check=lambda step, metrics: task.advance(note="loss {loss:.3f}".format(**metrics)),
-                unit="captions",
             )
         return partitioner.put_variables({"params": partitioner.to_host(state.params)["params"]})
 

@@ -16,7 +16,7 @@ from dpo_jax.losses import PreferenceLoss
 from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.rounds import RoundOptions, Rounds
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.types import TrainState, Variables
 
 Keep = Callable[[dict[str, float], Variables], None]
@@ -57,8 +57,8 @@ class OnlineMethod:
             keep(points[-1], state.variables)
             return points[-1]
 
-        def renew(state: TrainState, done: int, pause: Callable[[], None]) -> None:
-            rounds.move(done, state.variables, f"step {done}", pause=pause)
+        def refresh(state: TrainState, done: int, pause: Callable[[], None]) -> None:
+            rounds.update(done, state.variables, f"step {done}", pause=pause)
 
         rounds.begin(world.reference)
         with hosts.metrics_log(folder / "metrics.jsonl") as metrics:
@@ -68,10 +68,9 @@ class OnlineMethod:
                 rounds.batch,
                 total_steps=options.rounds * options.steps,
                 log=metrics,
-                evaluate=evaluate,
-                eval_every=options.steps * max(1, math.ceil(options.rounds / evaluations)),
-                renew=renew,
-                renew_every=options.steps,
+                evaluation=Evaluation(evaluate, every=options.steps * max(1, math.ceil(options.rounds / evaluations))),
+                refresh=refresh,
+                refresh_every=options.steps,
                 get_state=partitioner.get_state,
                 agree=hosts.agreement(),
             )

@@ -1,7 +1,7 @@
 """Rounds of an online run: the data of a round's steps are sampled from the policy at the beginning of the round.
 
-`Rounds` is the argument `moving` of `training.run.train`, and its `batch` is the stream. After the last step of a round,
-training saves the state and calls `move`, which samples, requests labels, makes pairs and scores them under the reference.
+`Rounds` is the argument `refresh` of `training.run.train`, and its `batch` is the stream. After the last step of a round,
+training saves the state and calls `update`, which samples, requests labels, makes pairs and scores them under the reference.
 Then training continues: it is one run, with one schedule and one optimizer state. Each round has a folder, `round-003`:
 
     samples.jsonl   completions of every candidate prompt: texts, token ids, log-probabilities of policy and reference
@@ -122,7 +122,7 @@ class Rounds:
         if (reward is None) == (compare is None):
             raise ValueError("give either a reward or a comparison function")
         if options.refresh and references is None:
-            raise ValueError("a moving reference must be stored: give references")
+            raise ValueError("a refreshed reference must be stored: give references")
         self.world, self.folder, self.options, self.log = world, folder, options, log
         self.every, self.record = options.steps, {}
         self._reward, self._compare, self._estimate = reward, compare, estimate
@@ -147,7 +147,7 @@ class Rounds:
             return True
         return not self._stage(number, weights, say=lambda words: None).finished
 
-    def move(
+    def update(
         self,
         step: int,
         variables: Variables,
@@ -178,7 +178,7 @@ class Rounds:
 
     def begin(self, variables: Variables) -> None:
         """Makes or reads the first round, sampled from the initial policy."""
-        self.move(0, variables, self._start)
+        self.update(0, variables, self._start)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step: a pure function of `step` and the files of its round."""

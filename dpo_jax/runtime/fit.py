@@ -44,6 +44,21 @@ class Verdict(NamedTuple):
     stop: bool = False
 
 
+class Evaluation(NamedTuple):
+    """Measurements of the state during a run.
+
+    >>> def mean_logps(state, done):
+    ...     chosen, rejected = reference_logps_of(decoder, state.variables, encoded, layout="packed").mean(axis=0)
+    ...     return {"chosen": chosen, "rejected": rejected}
+    >>> evaluation = Evaluation(mean_logps, every=100, first=True)
+    """
+
+    measure: Callable[[Any, int], Mapping[str, Any]]  # measure(state, steps taken) -> metrics, logged under `eval/`
+    every: int = 0  # steps; whatever this is, the state after the last step is measured
+    first: bool = False  # also the state before the first step
+    watch: Callable[[int, Mapping[str, Any]], Verdict] | None = None  # watch(steps taken, metrics), after each of them
+
+
 class Interrupted(Preempted):
     """Stopped by SIGINT, by a person at the keyboard. End the process with 130, so that no launcher restarts it."""
 
@@ -59,17 +74,12 @@ def fit(
     meta: Mapping[str, Any] | None = None,
     log: MetricsLog | None = None,
     progress: Progress | None = None,
-    evaluate: Callable[[Any, int], Mapping[str, Any]] | None = None,
-    eval_every: int = 0,
-    evaluate_first: bool = False,
-    watch: Callable[[int, Mapping[str, Any]], Verdict] | None = None,
+    evaluation: Evaluation | None = None,
     save_every: int = 0,
     save_every_minutes: float = 0.0,
-    renew: Callable[[Any, int, Callable[[], None]], None] | None = None,
-    renew_every: int = 0,
+    refresh: Callable[[Any, int, Callable[[], None]], None] | None = None,
+    refresh_every: int = 0,
     check: Callable[[int, dict[str, float]], None] | None = None,
-    unit: str = "pairs",
-    shapes: int = 0,
     get_state: Callable[[Any], Any] = lambda tree: tree,
     agree: Callable[[int], int] = lambda number: number,
     clock: Callable[[], float] = time.monotonic,
@@ -80,46 +90,46 @@ def fit(
       step: compiled `step(state, batch) -> (state, metrics)`; metrics are float32[] by name. `state` is any tree of arrays with
         an attribute `step`, an integer.
       stream: `stream(i)` is the batch of step `i`: the input of `step`, or a `data.loader.Batch`, whose `rows` are the input;
-        `uids` and `stats` (examples, tokens) are logged. A thread calls it, one batch ahead. It must be a pure function of `i`,
-        so that a resumed run equals the uninterrupted one.
+        `uids` and `stats` (pairs or texts, tokens) are logged. A thread calls it, one batch ahead. It must be a pure function
+        of `i`, so that a resumed run equals the uninterrupted one.
       lr: the schedule, logged as `lr`.
       checkpoints: `runtime.checkpoint.Checkpoints`. The state is saved with `meta` every `save_every` steps, at the end, and on
         a signal.
       save_every_minutes: also save if the last save (or the start) was this long ago by `clock` (in seconds). With several
         hosts, the first one keeps the time; the others get 0 and learn of it through `agree`.
-      evaluate: `evaluate(state, steps taken) -> metrics`, every `eval_every` steps and at the end, logged under `eval/`.
-      evaluate_first: also evaluate the given state: before the first step, or if a signal came before its evaluation.
-      watch: `watch(steps taken, metrics)`, called after each evaluation, decides whether to save and whether to end the run.
-      renew: `renew(state, steps taken, pause)`, called after every `renew_every` steps once the state is saved, changes what
-        `stream` reads; not called after the last step. It calls `pause()` regularly, which raises `Preempted` after a signal.
+      progress: the display, with the number of batch shapes, each of which is compiled once.
+      evaluation: its `first` measures the given state, whose measurement a signal may have prevented; its `watch` decides
+        whether to save and whether to end the run.
+      refresh: `refresh(state, steps taken, pause)`, called after every `refresh_every` steps once the state is saved, changes
+        what `stream` reads; not called after the last step. It calls `pause()` regularly, which raises `Preempted` after a
+        signal.
       check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
-      unit: the entry of `stats` that counts examples.
-      shapes: number of possible batch shapes, for the progress display; 0 if unknown. Each shape is compiled once.
       get_state: converts the state from the form used by `step` to the form saved; `Partitioner.get_state` if they differ.
       agree: `hosts.agreement()`, if several hosts must save or stop after the same step.
 
     The metrics of a step are read while the device computes the next one, and always before anything is saved.
 
-    Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluate raise.
+    Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluation raise.
     """
-    start = int(get_state(state.step))
+    start, eval_every = int(get_state(state.step)), 0 if evaluation is None else evaluation.every
+    evaluates_first = evaluation is not None and evaluation.first
     # The log's evaluation at `start` is dropped if it is made again, or if there was no checkpoint: that attempt may have had
     # other settings.
-    kept = start > 0 and not evaluate_first
-    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, unit=unit, evaluated=kept)
-    timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(shapes)
+    kept = start > 0 and not evaluates_first
+    rows = StepLog(start, total_steps, log=log, progress=progress, check=check, evaluated=kept)
+    timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(0 if progress is None else progress.shapes)
 
     def run_evaluation(done: int) -> Verdict:
-        assert evaluate is not None
+        assert evaluation is not None
         rows.flush()
         with reported("evaluating", brief=True):
-            found = evaluate(state, done)
+            found = evaluation.measure(state, done)
         rows.add_evaluation(done, found)
         rows.restart_clock()
-        return Verdict() if watch is None else watch(done, found)
+        return Verdict() if evaluation.watch is None else evaluation.watch(done, found)
 
-    every = 0 if renew is None else renew_every
-    with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps, renew_every=every) as prefetcher:
+    every = 0 if refresh is None else refresh_every
+    with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps, refresh_every=every) as prefetcher:
 
         def pause(done: int) -> None:
             if number := _signal_of(agree(signals.received)):
@@ -129,7 +139,7 @@ def fit(
             agree(signals.received)  # with several hosts its result comes one call later, in `pause`
             pause(done)
 
-        if evaluate is not None and evaluate_first and (run_evaluation(start).stop or start == total_steps):
+        if evaluates_first and (run_evaluation(start).stop or start == total_steps):
             end(start)
             return state
         for index in range(start, total_steps):
@@ -144,17 +154,17 @@ def fit(
             done = index + 1
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
             stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
-            if evaluate is not None and not stop and (last or _is_due(done, eval_every)):
+            if evaluation is not None and not stop and (last or _is_due(done, eval_every)):
                 verdict = run_evaluation(done)
                 last = last or verdict.stop
-            renewing = _is_due(done, every) and not (stop or last)
-            if request or last or renewing or verdict.save or _is_due(done, save_every):
+            refreshing = _is_due(done, every) and not (stop or last)
+            if request or last or refreshing or verdict.save or _is_due(done, save_every):
                 rows.flush()
                 rows.sync()  # a checkpoint of step n guarantees that the rows of all steps before n are on disk
                 if checkpoints is not None:
                     with reported(f"saving step {done}"):
                         checkpoints.save(done, get_state(state), dict(meta or {}))
-                        if stop or last or renewing:
+                        if stop or last or refreshing:
                             checkpoints.wait()
                 timer.restart()
                 rows.restart_clock()
@@ -163,8 +173,8 @@ def fit(
             if last:
                 end(done)  # a signal may have come during the last evaluation or save
                 break
-            if renew is not None and renewing:
-                renew(state, done, functools.partial(pause, done))
+            if refresh is not None and refreshing:
+                refresh(state, done, functools.partial(pause, done))
                 timer.restart()
                 rows.restart_clock()
     return state

@@ -10,18 +10,18 @@ from typing import Any
 class Prefetcher:
     """Calls `batches(i)` for `i` from `start` to `stop - 1`, in order and one ahead, in a single thread. A context manager.
 
-    It does not run ahead if `i` is a multiple of `renew_every`, because the inputs of `batches` change after the previous step.
+    It does not run ahead if `i` is a multiple of `refresh_every`: the inputs of `batches` change after the previous step.
     """
 
-    def __init__(self, batches: Callable[[int], Any], start: int, stop: int, *, renew_every: int = 0) -> None:
-        self._batches, self._stop, self._renew_every = batches, stop, renew_every
+    def __init__(self, batches: Callable[[int], Any], start: int, stop: int, *, refresh_every: int = 0) -> None:
+        self._batches, self._stop, self._refresh_every = batches, stop, refresh_every
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
         self._next = self._pool.submit(batches, start) if start < stop else None
 
     def get(self, index: int) -> Any:
         """The batch of step `index`; starts preparing the next one. Re-raises exceptions of `batches`."""
         batch = (self._next or self._pool.submit(self._batches, index)).result()
-        waits = self._renew_every > 0 and (index + 1) % self._renew_every == 0
+        waits = self._refresh_every > 0 and (index + 1) % self._refresh_every == 0
         self._next = self._pool.submit(self._batches, index + 1) if index + 1 < self._stop and not waits else None
         return batch
 

@@ -17,7 +17,7 @@ import jax
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.rundir import write_json
 from dpo_jax.runtime.spikes import Spikes
-from dpo_jax.runtime.training_progress import Progress
+from dpo_jax.runtime.training_progress import UNITS, Progress
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class _Step(NamedTuple):
 class StepLog:
     """Writes the rows of steps and evaluations to log and display. A context manager, for steps `start` to `stop`.
 
-    `check(step, metrics)` sees each row first, and may raise. `unit` is the entry of a batch's `stats` that counts examples.
-    Without `evaluated`, the log's evaluation of the state at `start` is dropped.
+    `check(step, metrics)` sees each row first, and may raise. Without `evaluated`, the log's evaluation of the state at `start`
+    is dropped.
     """
 
     def __init__(
@@ -56,10 +56,9 @@ class StepLog:
         log: MetricsLog | None = None,
         progress: Progress | None = None,
         check: Callable[[int, dict[str, float]], None] | None = None,
-        unit: str = "pairs",
         evaluated: bool = True,
     ) -> None:
-        self._start, self._stop, self._unit, self._evaluated = start, stop, unit, evaluated
+        self._start, self._stop, self._evaluated = start, stop, evaluated
         self._log, self._progress, self._check = log, progress, check
         self._last: _Step | None = None
         self._spikes = Spikes("loss", "grad_norm")
@@ -68,7 +67,7 @@ class StepLog:
         if self._log is not None:
             self._log.resume(self._start, evaluated=self._evaluated)
         if self._progress is not None:
-            self._progress.start(self._start, self._stop, unit=self._unit)
+            self._progress.start(self._start, self._stop)
         self._clock = time.perf_counter()
         return self
 
@@ -97,7 +96,7 @@ class StepLog:
         if self._log is not None:
             for words in self._spikes.of(values):
                 logger.warning("step %d: %s", step.index, words)
-        row = {"step": step.index, **values, **_throughput(step.stats, self._unit, seconds)}
+        row = {"step": step.index, **values, **_throughput(step.stats, seconds)}
         if self._log is not None:
             self._log.write(row)
         if self._progress is not None:
@@ -134,7 +133,7 @@ class StepLog:
         return NonFinite(message, step=step.index, uids=uids)
 
 
-def _throughput(stats: Mapping[str, float], unit: str, seconds: float) -> dict[str, float]:
-    counted = {name: stats[name] / seconds for name in (unit, "scored_tokens") if name in stats}
-    rates = {f"{name}_per_second": value for name, value in counted.items()}
+def _throughput(stats: Mapping[str, float], seconds: float) -> dict[str, float]:
+    counted = (*UNITS, "scored_tokens")
+    rates = {f"{name}_per_second": stats[name] / seconds for name in counted if name in stats}
     return {**rates, **({"padding": stats["padding"]} if "padding" in stats else {})}

@@ -9,6 +9,7 @@ from dpo_jax.runtime.progress import BOARD, SILENCE_SECONDS, Board, Pace, cut, d
 
 Row = Mapping[str, float]
 
+UNITS = ("pairs", "texts")  # what a batch counts, in `Batch.stats`
 FIRST_STEPS = 5  # a log file gets each of them
 WIDE, BAR = 100, (10, 40)  # columns of a terminal with room for a bar; least and most columns of the bar
 
@@ -17,16 +18,16 @@ class Progress:
     """Progress line: loss, accuracy and margin of the last step, then speed and remaining time.
 
     A terminal has one updating line. A log file gets the first steps, then a line every `SILENCE_SECONDS`, and a note during a
-    long step. `epochs` is the total number.
+    long step. `epochs` is the total number, `shapes` that of batch shapes, which are compiled; 0 if unknown.
     """
 
-    def __init__(self, *, epochs: float = 0.0, board: Board | None = None) -> None:
-        self._board, self._epochs = board or BOARD, epochs
+    def __init__(self, *, epochs: float = 0.0, shapes: int = 0, board: Board | None = None) -> None:
+        self._board, self._epochs, self.shapes = board or BOARD, epochs, shapes
         self._row: Row = {}
         self._rates: dict[str, float] = {}
 
-    def start(self, step: int, total: int, *, unit: str) -> None:
-        self._first, self._done, self._total, self._unit = step, step, total, unit
+    def start(self, step: int, total: int) -> None:
+        self._first, self._done, self._total = step, step, total
         self.began = self._step_began = self._board.clock()
         self._pace = Pace(self._board)
         self._board.push(self)
@@ -60,13 +61,12 @@ class Progress:
 
     def line(self, width: int | None = None) -> str:
         waited, left = self._board.clock() - self._step_began, self._pace.seconds(self._total - self._done)
-        examples, tokens = (self._rates.get(f"{name}_per_second") for name in (self._unit, "scored_tokens"))
+        rates = {name: each for name in (*UNITS, "scored_tokens") if (each := self._rates.get(f"{name}_per_second"))}
         fields = [  # (text, rank): the highest rank is omitted first if space is short
             (f"step {self._done}/{self._total}", 0),
             (f"epoch {self._epochs * self._done / max(1, self._total):.2f}" if self._epochs else "", 6),
             *_measured(self._row),
-            (f"{rate(examples)} {self._unit}/s" if examples else "", 4),
-            (f"{rate(tokens)} scored tokens/s" if tokens else "", 7),
+            *((f"{rate(each)} {name.replace('_', ' ')}/s", 4 if name in UNITS else 7) for name, each in rates.items()),
             (f"ETA {duration(left)}" if left is not None and self._done < self._total else "", 3),
             (f"step {self._done + 1} takes {duration(waited)}" if waited >= SILENCE_SECONDS else "", 2),
             (self._board.compilation(), 5),

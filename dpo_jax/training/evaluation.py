@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dpo_jax.runtime import hosts
-from dpo_jax.runtime.fit import NonFinite
+from dpo_jax.runtime.fit import Evaluation, NonFinite
 from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
 from dpo_jax.training.fingerprint import SavedRun, other_held_out
 from dpo_jax.training.stopping import EarlyStopping
 
-Evaluate = Callable[[Any, int], Mapping[str, Any]]
-"""(state, steps taken) -> metrics."""
-
 
 def evaluates_first(
     start: int,
     total_steps: int,
+    evaluation: Evaluation,
     *,
-    every: int,
-    at_start: bool,
     stopping: EarlyStopping | None,
     log: MetricsLog | None,
     other_data: bool,
@@ -33,12 +29,12 @@ def evaluates_first(
     was evaluated on.
     """
     if start == 0:
-        return at_start and total_steps > 0
+        return evaluation.first and total_steps > 0
     if stopping is not None:
-        return _is_due(start, every, total_steps) and stopping.last < start
+        return _is_due(start, evaluation.every, total_steps) and stopping.last < start
     if start == total_steps:
         return other_data
-    return _is_due(start, every, total_steps) and not _is_evaluated(log, start)
+    return _is_due(start, evaluation.every, total_steps) and not _is_evaluated(log, start)
 
 
 def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
@@ -46,10 +42,12 @@ def _is_due(done: int, eval_every: int, total_steps: int) -> bool:
     return done > 0 and (done == total_steps or (eval_every > 0 and done % eval_every == 0))
 
 
-def checked_evaluation(evaluate: Evaluate, state: Any, done: int) -> Mapping[str, Any]:
-    """Calls `evaluate`. Raises `NonFinite` for a value that is not finite. Only this checks the last update: the loss of a step
-    is that of the weights before it."""
-    metrics = evaluate(state, done)
+def finite_evaluation(evaluation: Evaluation, state: Any, done: int) -> Mapping[str, Any]:
+    """Calls `evaluation.measure`. Raises `NonFinite` for a value that is not finite.
+
+    Only this checks the last update: the loss of a step is that of the weights before it.
+    """
+    metrics = evaluation.measure(state, done)
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise NonFinite(
@@ -69,11 +67,11 @@ def _is_evaluated(log: MetricsLog | None, done: int) -> bool:
     return hosts.anywhere(found)
 
 
-def evaluate_last(evaluate: Evaluate, state: Any, done: int, *, log: MetricsLog | None) -> None:
+def evaluate_last(evaluation: Evaluation, state: Any, done: int, *, log: MetricsLog | None) -> None:
     """Evaluates the final state if the log has no such row yet: a signal during the last step saves it without."""
     if _is_evaluated(log, done):
         return
     with reported("evaluating", brief=True):
-        metrics = evaluate(state, done)
+        metrics = evaluation.measure(state, done)
     if log is not None:
         log.write({"step": done} | {f"eval/{name}": value for name, value in metrics.items()})

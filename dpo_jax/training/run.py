@@ -9,20 +9,20 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_meta
-from dpo_jax.runtime.fit import fit
+from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.metrics import MetricsLog, Writer, read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.seal import is_remote
 from dpo_jax.runtime.training_progress import Progress
-from dpo_jax.training.evaluation import Evaluate, checked_evaluation, evaluate_last, evaluates_first, is_other_data
+from dpo_jax.training.evaluation import evaluate_last, evaluates_first, finite_evaluation, is_other_data
 from dpo_jax.training.fingerprint import (
     SavedRun,
     check_data,
@@ -34,7 +34,7 @@ from dpo_jax.training.fingerprint import (
     other_held_out,
     run_length,
 )
-from dpo_jax.training.moving import Moving
+from dpo_jax.training.refresh import Refresh
 from dpo_jax.training.stopping import EarlyStopping
 from dpo_jax.types import Partitioner, Variables
 from dpo_jax.writing import appending
@@ -49,6 +49,20 @@ class PartlyFrozen(Protocol):
     def replace(self, *, frozen: Variables) -> Any: ...
 
 
+class Saving(NamedTuple):
+    """When and where a run saves its state. It also saves after the last step, and when a signal ends it.
+
+    >>> saving = Saving(every=500, every_minutes=30, folder="gs://bucket/run")
+    """
+
+    every: int = 0  # steps
+    every_minutes: float = 0.0
+    keep: int = 2  # newest checkpoints; older ones are deleted
+    folder: str | os.PathLike[str] | None = (
+        None  # instead of `checkpoints/` in the folder of the run; may be a bucket (gs://...)
+    )
+
+
 def train(
     step: Callable[[Any, Any], tuple[Any, Any]],
     state: Any,
@@ -60,22 +74,15 @@ def train(
     data: Mapping[str, Any] | None = None,
     saved: SavedRun | None = None,
     partitioner: Partitioner | None = None,
-    checkpoints: str | os.PathLike[str] | None = None,
-    max_to_keep: int = 2,
-    save_every: int = 0,
-    save_every_minutes: float = 0.0,
-    evaluate: Evaluate | None = None,
-    eval_every: int = 0,
-    eval_at_start: bool = False,
+    saving: Saving | None = None,
+    evaluation: Evaluation | None = None,
     stopping: EarlyStopping | None = None,
-    moving: Moving | None = None,
+    refresh: Refresh | None = None,
     lr: Callable[[int], Any] | None = None,
     check: Callable[[int, dict[str, float]], None] | None = None,
     begin: Callable[[], None] = lambda: None,
     writers: Callable[[], Sequence[Writer]] = lambda: (),
     progress: Progress | None = None,
-    unit: str = "pairs",
-    shapes: int = 0,
     say: Callable[[str], None] = SAY,
 ) -> Any:
     """Trains from `state` (consumed), or from the newest good checkpoint in `folder`, to `total_steps`. Returns the last state.
@@ -97,8 +104,8 @@ def train(
     >>> step = partial(dpo_step, model=model, tx=tx, loss=partial(dpo_loss, beta=0.1), axis_name=partitioner.axis_name)
     >>> state = train(
     ...     partitioner.compile_step(step), partitioner.init_state(partial(init_state, tx=tx), variables), batches,
-    ...     folder="run", total_steps=total_steps(len(encoded), batch=2, epochs=4), partitioner=partitioner, save_every=100,
-    ...     fingerprint={"beta": 0.1, **order, "data": data_digest(encoded)},
+    ...     folder="run", total_steps=total_steps(len(encoded), batch=2, epochs=4), partitioner=partitioner,
+    ...     saving=Saving(every=100), fingerprint={"beta": 0.1, **order, "data": data_digest(encoded)},
     ...     check=partial(starts_at_reference, expected_loss=0.693147),  # ln 2, or the log-probabilities are of other weights
     ... )
     >>> print(save_hf("run/export", model, state.variables))
@@ -115,52 +122,48 @@ def train(
       data: JSON values that describe the sources of the data (files, limits, ...), so that a message can name what changed.
       saved: the result of `saved_run`, if other arguments depend on it (`behind`).
       partitioner: one of `runtime.parallel`; by default `single_device()`.
-      checkpoints: another directory for them, possibly a bucket (`gs://...`).
-      eval_at_start: also evaluate before the first step. For `stopping` the initial weights are not a candidate.
-      stopping: ends the run early, based on `evaluate`. The returned state is then the best one, not the last.
-      moving: every N steps, saves the state and then computes anew what `stream` reads from it: reference log-probabilities
-        (`MovingReference`), or a round of samples (`online.Rounds`). The checkpoint is kept until the next such step.
+      evaluation: a value that is not finite raises `NonFinite`. `stopping` takes the place of its `watch`.
+      stopping: ends the run early, based on `evaluation`. The returned state is then the best one, not the last. The initial
+        weights are not a candidate.
+      refresh: every N steps, saves the state and then computes anew what `stream` reads from it: reference log-probabilities
+        (`RefreshedReference`), or a round of samples (`online.Rounds`). The checkpoint is kept until the next such step.
       begin: called once the run is known to be new, or to match the one being resumed.
       writers: creates further metrics destinations, on the first host (`runtime.metrics`).
 
-    The other arguments are those of `fit`. `evaluate` also runs after the last step, for any `eval_every`; a value that is not
-    finite raises `NonFinite`.
+    The other arguments are those of `fit`.
     """
     meta: dict[str, Any] = {"fingerprint": json_values(fingerprint, name="fingerprint")}
     meta["data"] = json_values(data or {}, name="data")
     meta["versions"] = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
-    partitioner = partitioner or single_device()
+    partitioner, saving = partitioner or single_device(), saving or Saving()
     if stopping is not None:
-        if evaluate is None:
-            raise ValueError("stopping needs evaluate, which measures the metric to stop on")
+        if evaluation is None:
+            raise ValueError("stopping needs evaluation, which measures the metric to stop on")
         meta["early_stopping"] = stopping.record
-    if moving is not None:
-        meta["reference"] = moving.record
+    if refresh is not None:
+        meta["reference"] = refresh.record
     with contextlib.ExitStack() as held:
         with hosts.first_goes_first("run directory"):  # other hosts must not write there before its check
             run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
-        kept = {"max_to_keep": max_to_keep} | ({} if moving is None else {"origin": moving.origin})
-        store = held.enter_context(_checkpoints(run, checkpoints, **kept))
-        found = {"saved": saved, "total_steps": total_steps, "stopping": stopping, "moving": moving}
+        kept = {"max_to_keep": saving.keep} | ({} if refresh is None else {"origin": refresh.origin})
+        store = held.enter_context(_checkpoints(run, saving.folder, **kept))
+        found = {"saved": saved, "total_steps": total_steps, "stopping": stopping, "refresh": refresh}
         state = _resume(run, state, store, meta, partitioner, **found, say=say)
         if stopping is not None and stopping.stopped:
             begin()
             return _best(state, store, partitioner, stopping, say)
         start = steps_of(state, partitioner)
         begin()
-        if moving is not None and start < total_steps:
-            state = _at_its_reference(state, start, moving, store, partitioner)
-        checked = None if evaluate is None else functools.partial(checked_evaluation, evaluate)
+        if refresh is not None and start < total_steps:
+            state = _at_its_reference(state, start, refresh, store, partitioner)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
-        first = checked is not None and evaluates_first(
-            start,
-            total_steps,
-            every=eval_every,
-            at_start=eval_at_start,
-            stopping=stopping,
-            log=log,
-            other_data=is_other_data(saved, meta["data"], total_steps),
-        )
+        if evaluation is not None:
+            other_data = is_other_data(saved, meta["data"], total_steps)
+            evaluation = evaluation._replace(
+                measure=functools.partial(finite_evaluation, evaluation),
+                first=evaluates_first(start, total_steps, evaluation, stopping=stopping, log=log, other_data=other_data),
+                watch=evaluation.watch if stopping is None else stopping.watching(store),
+            )
         state = fit(
             step,
             state,
@@ -171,24 +174,19 @@ def train(
             meta=meta,
             log=log,
             progress=progress if hosts.is_first() else None,
-            evaluate=checked,
-            eval_every=eval_every,
-            evaluate_first=first,
-            watch=stopping.watching(store) if stopping is not None else None,
-            save_every=save_every,
-            save_every_minutes=save_every_minutes if hosts.is_first() else 0.0,
-            renew=None if moving is None else functools.partial(_renew, moving, store),
-            renew_every=0 if moving is None else moving.every,
+            evaluation=evaluation,
+            save_every=saving.every,
+            save_every_minutes=saving.every_minutes if hosts.is_first() else 0.0,
+            refresh=None if refresh is None else functools.partial(_refresh, refresh, store),
+            refresh_every=0 if refresh is None else refresh.every,
             check=check,
-            unit=unit,
-            shapes=shapes,
             get_state=lambda state: partitioner.get_state(_without_frozen(state)),
             agree=hosts.agreement(),
         )
         if stopping is not None:
             state = _best(state, store, partitioner, stopping, say)
-        elif checked is not None:
-            evaluate_last(checked, state, total_steps, log=log)
+        elif evaluation is not None:
+            evaluate_last(evaluation, state, total_steps, log=log)
     return state
 
 
@@ -238,7 +236,7 @@ def _resume(
     saved: SavedRun | None,
     total_steps: int,
     stopping: EarlyStopping | None,
-    moving: Moving | None,
+    refresh: Refresh | None,
     say: Callable[[str], None],
 ) -> Any:
     """The state of the newest good checkpoint on the devices; `state` itself if there is none."""
@@ -265,8 +263,8 @@ def _resume(
         stopping.catch_up(hosts.run_on_first(lambda: _evaluations(run, stopping.metric)), until=here.step)
         if stopping.best is not None:
             checkpoints.pin(stopping.best)
-    if moving is not None:
-        moving.resume(meta_of_saved.get("reference", {}))
+    if refresh is not None:
+        refresh.resume(meta_of_saved.get("reference", {}))
     _say_what_changed(here, meta, say)
     say(f"continuing {run.path} after {here.step} steps")
     if run_length(here.fingerprint) == run_length(is_now):  # otherwise it was extended, not interrupted
@@ -281,23 +279,23 @@ def _evaluations(run: RunDir, metric: str) -> list[dict[str, Any]]:
     return [{"step": row["step"], name: row[name]} for row in rows if name in row]
 
 
-def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints, partitioner: Partitioner) -> Any:
-    """The state after `done` steps, with the reference of the next step in `moving`.
+def _at_its_reference(state: Any, done: int, refresh: Refresh, store: Checkpoints, partitioner: Partitioner) -> Any:
+    """The state after `done` steps, with the reference of the next step in `refresh`.
 
     If its log-probabilities are incomplete, the checkpoint of the step that defines them is read in between.
     """
-    made = moving.origin(done)
+    made = refresh.origin(done)
     if made == 0:
         return state
     try:
-        weights = moving.record["weights"] if moving.record.get("step") == made else _weights_of(store, made)
-        complete = made == done or not moving.lacks(made, weights)
+        weights = refresh.record["weights"] if refresh.record.get("step") == made else _weights_of(store, made)
+        complete = made == done or not refresh.lacks(made, weights)
         found = None if complete else _read(store, state, partitioner, only=made)
     except LookupError as error:
         raise CheckpointDamaged(f"the output of step {made} is incomplete, and its weights are gone: {error}") from error
     if found is not None:
         state = _in_place_of(state, found[0], partitioner)
-    moving.move(made, state.variables, weights, steps=store.steps())
+    refresh.update(made, state.variables, weights, steps=store.steps())
     if found is None:
         return state
     again = _read(store, state, partitioner, only=done)
@@ -305,8 +303,8 @@ def _at_its_reference(state: Any, done: int, moving: Moving, store: Checkpoints,
     return _in_place_of(state, again[0], partitioner)
 
 
-def _renew(moving: Moving, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
-    moving.move(done, state.variables, _weights_of(store, done), steps=store.steps(), pause=pause)
+def _refresh(refresh: Refresh, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
+    refresh.update(done, state.variables, _weights_of(store, done), steps=store.steps(), pause=pause)
 
 
 def _weights_of(store: Checkpoints, step: int) -> str:

@@ -26,7 +26,7 @@ from dpo_jax.evals.preference import held_out_logps, summary_by_source
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import whole_set_signals
 from dpo_jax.training.fingerprint import check_weights
-from dpo_jax.training.moving import MovingReference
+from dpo_jax.training.refresh import RefreshedReference
 from dpo_jax.training.run import steps_of
 from dpo_jax.training.start_check import TOLERANCE, starts_at_reference
 from dpo_jax.types import TrainState
@@ -79,9 +79,9 @@ def run(config: Config) -> int:
             )
             return {**summary_by_source(held_out, logps, held_out_ref, loss=loss), **sample(state.variables, done)}
 
-        moving = None
+        refresh = None
         if section.refresh_reference_steps is not None:
-            moving = MovingReference(
+            refresh = RefreshedReference(
                 section.refresh_reference_steps,
                 pairs=pairs,
                 values=ref_logps,
@@ -112,9 +112,9 @@ def run(config: Config) -> int:
             weights={**digests, "reference": reference},
             partitioner=partitioner,
             evaluate=evaluate,
-            ref_logps=ref_logps if moving is None else moving.values,
+            ref_logps=ref_logps if refresh is None else refresh.values,
             check=at_reference,
-            moving=moving,
+            refresh=refresh,
         )
         write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
         final = part.written(partitioner, state)

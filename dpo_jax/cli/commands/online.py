@@ -39,6 +39,7 @@ from dpo_jax.online.labels import LabelLog
 from dpo_jax.online.references import KeptReferences
 from dpo_jax.online.rounds import RoundOptions, Rounds
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.fit import Evaluation
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.runtime.training_progress import Progress
@@ -251,13 +252,9 @@ def _train(
             fingerprint=facts,
             saved=saved,
             partitioner=partitioner,
-            checkpoints=config.checkpoints_of("online") if config.run.checkpoints is not None else None,
-            max_to_keep=config.run.max_to_keep,
-            save_every=config.run.save_every_steps,
-            save_every_minutes=config.run.save_every_minutes,
-            evaluate=lambda state, done: _measured(world, state.variables),
-            eval_every=rounds.every,
-            moving=rounds,
+            saving=build.saving(config, "online"),
+            evaluation=Evaluation(lambda state, done: _measured(world, state.variables), every=rounds.every),
+            refresh=rounds,
             lr=build.make_schedule(section, steps=total),
             begin=lambda: build.describe(run, config),
             writers=functools.partial(metrics_writers, config, run, facts),

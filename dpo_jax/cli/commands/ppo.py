@@ -87,10 +87,7 @@ def _resumable(config: Config, run_dir: RunDir, world: World, facts: Mapping[str
     return {
         "fingerprint": {**facts, **of_data},
         "data": identity.data_record(config, world.tokenizer, [], held_out=world.test.digest()),
-        "checkpoints": config.checkpoints_of("ppo") if config.run.checkpoints is not None else None,
-        "max_to_keep": config.run.max_to_keep,
-        "save_every": config.run.save_every_steps,
-        "save_every_minutes": config.run.save_every_minutes,
+        "saving": build.saving(config, "ppo"),
         "begin": functools.partial(build.describe, run_dir, config),
     }
 

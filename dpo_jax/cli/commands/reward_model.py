@@ -64,10 +64,7 @@ def run(config: Config) -> int:
                 data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(final)),
                 microbatches=training.microbatches,
                 make_state=part.state,
-                checkpoints=config.checkpoints_of("reward-model") if config.run.checkpoints is not None else None,
-                max_to_keep=config.run.max_to_keep,
-                save_every=config.run.save_every_steps,
-                save_every_minutes=config.run.save_every_minutes,
+                saving=build.saving(config, "reward-model"),
                 begin=lambda: build.describe(run_dir, config, pairs.report, test.report),
             )
         rewards = judge.of_pairs(partitioner.put_variables(variables), final, batch=training.batch)

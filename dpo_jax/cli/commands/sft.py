@@ -66,7 +66,6 @@ def run(config: Config) -> int:
             weights=digests,
             partitioner=partitioner,
             evaluate=evaluate,
-            unit="texts",
         )
         # DPO starts from exactly these weights.
         write = writer(part, write_exact, source=config.model.path, dtype=None, digests=digests)

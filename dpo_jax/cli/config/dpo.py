@@ -71,10 +71,10 @@ class DpoConfig(LossConfig, TrainingConfig):
             yield "ld_alpha", f"would weigh the tokens of the likelihood in {term} as well: leave it at 1, or leave out {term}"
         yield from positive(self, "refresh_reference_steps")
         yield from not_negative(self, "eval_samples")
-        yield from self._check_moving()
+        yield from self._check_refresh()
         yield from loss_table.problems(self.loss, self.loss_options())
 
-    def _check_moving(self) -> Iterator[Problem]:
+    def _check_refresh(self) -> Iterator[Problem]:
         if self.refresh_reference_steps is None:
             return
         with contextlib.suppress(ValueError):  # an unknown loss is reported by name

@@ -1,4 +1,4 @@
-"""Moving references: the policy becomes the new reference every N steps (TR-DPO's hard update).
+"""Refreshed references: the policy becomes the new reference every N steps (TR-DPO's hard update).
 
 Gorbatovski et al. 2024, "Learn Your Reference Model for Real Good Alignment", arXiv 2404.09656. No reference weights are kept.
 Training needs only the reference log-probabilities, which one pass computes from the policy of that step, for the pairs that
@@ -26,7 +26,7 @@ from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.types import Array, Rows, Variables
 
 
-class Moving(Protocol):
+class Refresh(Protocol):
     """Training inputs computed from the policy after every `every` steps: log-probabilities here, whole rounds of samples in
     `dpo_jax.online`. `train` saves the state first, and keeps that of step `origin(done)` while it is needed.
     """
@@ -38,12 +38,12 @@ class Moving(Protocol):
     def origin(self, done: int) -> int: ...
     def resume(self, record: Mapping[str, Any]) -> None: ...
     def lacks(self, step: int, weights: str) -> bool: ...
-    def move(
+    def update(
         self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = ...
     ) -> None: ...
 
 
-class MovingReference:
+class RefreshedReference:
     """The reference log-probabilities of a run whose reference becomes the policy after every `every` steps.
 
     Args:
@@ -93,7 +93,7 @@ class MovingReference:
         """Whether the weights of `step`, with digest `weights`, are needed to complete its log-probabilities."""
         return bool(self._lacking(self._open(step, weights), self._to_compute(step)).any())
 
-    def move(
+    def update(
         self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = lambda: None
     ) -> None:
         """Makes the policy of `step` the reference. `variables` are used only if the cache is incomplete.

@@ -25,8 +25,8 @@ from dpo_jax.runtime.fit import Preempted
 from dpo_jax.runtime.metrics import read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.step import init_state
-from dpo_jax.training.moving import MovingReference
-from dpo_jax.training.run import train
+from dpo_jax.training.refresh import RefreshedReference
+from dpo_jax.training.run import Saving, train
 
 EVERY, STEPS, BATCH = 3, 8, 2
 ORDER: dict[str, Any] = {"batch": BATCH, "seed": 0}
@@ -64,7 +64,7 @@ def run(setup, folder, *, steps=STEPS, before=lambda step, rows: None, score=Non
     rows = layout.rows(setup.pairs)
     first = np.empty((len(setup.pairs), 2), np.float32)
     first[rows.index[rows.index >= 0]] = np.asarray(setup.score(start.variables, rows))[rows.index >= 0]
-    moving = MovingReference(
+    refresh = RefreshedReference(
         EVERY,
         pairs=setup.pairs,
         values=first,
@@ -85,13 +85,13 @@ def run(setup, folder, *, steps=STEPS, before=lambda step, rows: None, score=Non
     return train(
         observed,
         setup.partitioner.put_state(start),
-        train_batches(setup.pairs, layout=layout, ref_logps=moving.values, **ORDER),
+        train_batches(setup.pairs, layout=layout, ref_logps=refresh.values, **ORDER),
         folder=folder,
         total_steps=steps,
         fingerprint={"schedule": "constant", "steps": steps},
-        moving=moving,
+        refresh=refresh,
         say=lambda line: None,
-        **{"save_every": 1, "max_to_keep": 1, **options},
+        **{"saving": Saving(every=1, keep=1), **options},
     )
 
 
@@ -151,8 +151,8 @@ def test_a_run_killed_before_any_step_ends_with_the_same_bits(setup, whole, tmp_
             raise Killed
 
     with pytest.raises(Killed):
-        run(setup, tmp_path / "run", before=kill, save_every=2)
-    same(setup, tmp_path / "run", run(setup, tmp_path / "run", save_every=2), whole)
+        run(setup, tmp_path / "run", before=kill, saving=Saving(every=2, keep=1))
+    same(setup, tmp_path / "run", run(setup, tmp_path / "run", saving=Saving(every=2, keep=1)), whole)
 
 
 @pytest.mark.parametrize(("how", "batches"), [("killed", 0), ("killed", 2), ("stopped", 1)])
@@ -168,14 +168,14 @@ def test_a_run_ended_during_a_reference_pass_continues_it(setup, whole, tmp_path
         return setup.score(variables, rows)
 
     with pytest.raises(Killed if how == "killed" else Preempted):
-        run(setup, tmp_path / "run", score=ending, save_every=0)
+        run(setup, tmp_path / "run", score=ending, saving=Saving(keep=1))
     done, again = len(computed), []
 
     def counting(variables, rows):
         again.append(rows)
         return setup.score(variables, rows)
 
-    same(setup, tmp_path / "run", run(setup, tmp_path / "run", score=counting, save_every=0), whole)
+    same(setup, tmp_path / "run", run(setup, tmp_path / "run", score=counting, saving=Saving(keep=1)), whole)
     assert done + len(again) == 3 + 2  # batches of both passes: none is computed twice
 
 
