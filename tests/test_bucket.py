@@ -10,8 +10,8 @@ from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 from test_checkpoint import abstract, digest, numbered
 
-from dpo_jax.cli import train
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, RunConfig
+from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, has_steps
 from dpo_jax.runtime.seal import check_seal, write_seal
 
@@ -68,7 +68,7 @@ def test_the_name_of_a_bucket_stays_as_it_is(bucket):
 def test_a_bucket_without_its_package_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"run.checkpoints: gs:// needs the package gcsfs: (uv )?pip install -e .*\[gcs\]"):
-        train.earlier_run(Config(run=RunConfig(checkpoints="gs://bucket/hh")), "dpo", DpoConfig())
+        earlier_run(Config(run=RunConfig(checkpoints="gs://bucket/hh")), "dpo", DpoConfig())
 
 
 def test_a_seal_in_a_bucket(bucket):

@@ -296,7 +296,7 @@ def test_the_reference_pass_fits_any_batch_to_any_number_of_devices(done, tmp_pa
 def test_every_batch_divides_into_the_parts_without_tearing_a_pair(layout, batch, parts):
     pairs = random_pairs(7)  # the last batch is a part of one
     config = Config(data=DataConfig(layout=layout))
-    at = train_batches(pairs, layout=build.pair_layout(config, pairs, batch=batch, parts=parts), batch=batch, seed=0, epochs=1)
+    at = train_batches(pairs, layout=build.row_layout(config, pairs, batch=batch, parts=parts), batch=batch, seed=0, epochs=1)
     for step in range(-(-7 // batch)):
         rows = split_rows(at(step).rows, parts)  # raises where it does not divide
         assert rows.tokens.shape[1] * rows.slots == 2 * rows.index.shape[1] == 2 * rows.weight.shape[1]

@@ -12,11 +12,11 @@ import pytest
 from conftest import GOLDEN
 from test_preflight import ROWS, check, make_place, write_config, write_model, write_rows
 
-from dpo_jax.cli import train
+from dpo_jax.cli import announcement
 from dpo_jax.cli.commands import label
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, DpoConfig, ModelConfig, RunConfig, SftConfig
+from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.cli.preflight.devices import empty_rows
-from dpo_jax.cli.train import earlier_run
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config
 from dpo_jax.models.folder import read_config
@@ -168,7 +168,7 @@ def test_label_does_not_read_the_files_that_it_writes(place):
         label.run(config)
 
 
-def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch):
     state = init_state({"params": {"w": np.zeros((250, 1000), np.float32)}}, optax.sgd(1.0))
     config = Config(run=RunConfig(dir=str(tmp_path), max_to_keep=2))
     for free, saved, place, told in (
@@ -180,6 +180,6 @@ def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch, capsy
             (tmp_path / "dpo/checkpoints" / step).mkdir(parents=True, exist_ok=True)
         monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: types.SimpleNamespace(free=int(free)))
         with RunDir(tmp_path / "dpo") as run:
-            train._note_full_disk(config, run, state)
+            note = announcement._full_disk(config, run, state)
         words = f"there must be room for {1 if saved else 3} more checkpoints of 0.0 GB, 0.0 GB in all, but"
-        assert (words in capsys.readouterr().out) == told
+        assert (note is not None and note.startswith(words)) == told

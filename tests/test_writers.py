@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_jax.cli import train
+from dpo_jax.cli import metrics_writers
 from dpo_jax.cli.config import Config, ConfigError, DataConfig, MixConfig, ModelConfig, RunConfig
 from dpo_jax.cli.config.loading import check
 from dpo_jax.cli.preflight.packages import check_writers
@@ -155,7 +155,7 @@ def test_a_torn_record_gives_no_row_twice(tmp_path):
 
 def test_metrics_may_have_the_names_of_trl(tmp_path, monkeypatch):
     shelf = Shelf()
-    monkeypatch.setattr(train, "TensorBoard", lambda folder: shelf())
+    monkeypatch.setattr(metrics_writers, "TensorBoard", lambda folder: shelf())
     for names, wanted in {
         "own": [{"step": 0, "loss": 0.6, "lr": 0.1}, {"step": 1, "eval/nll_per_token": 2.0, "eval/loss": 9.0}],
         "trl": [
@@ -166,7 +166,7 @@ def test_metrics_may_have_the_names_of_trl(tmp_path, monkeypatch):
         config, shelf.rows = Config(run=RunConfig(tensorboard=True, metric_names=names)), []
         run = types.SimpleNamespace(path=tmp_path / names / "dpo")
         run.path.mkdir(parents=True)
-        (writer,) = train.metrics_writers(config, run, {})
+        (writer,) = metrics_writers.metrics_writers(config, run, {})
         writer.resume(0, [])
         writer.write({"step": 0, "loss": 0.6, "lr": 0.1})
         writer.write({"step": 1, "eval/nll_per_token": 2.0, "eval/loss": 9.0})
@@ -241,7 +241,7 @@ def test_the_samples_of_an_evaluation_are_sent_once_as_texts(tmp_path, monkeypat
     (run.path / "samples" / "step-00000002.jsonl").write_text(json.dumps({**sample, "turns": []}) + "\n")
     rows = [training(0), training(1), {**judged(2), "eval/samples/tokens": 3.0}]
     for begin, written in ((0, rows), (2, [training(2)])):
-        with MetricsLog(run.path / "metrics.jsonl", writers=train.metrics_writers(config, run, {})) as log:
+        with MetricsLog(run.path / "metrics.jsonl", writers=metrics_writers.metrics_writers(config, run, {})) as log:
             log.resume(begin)
             for row in written:
                 log.write(row)
@@ -290,7 +290,7 @@ def test_a_run_that_fails_is_not_shown_as_finished(tmp_path, monkeypatch, told, 
     run.path.mkdir()
     with (
         contextlib.suppress(ValueError, Preempted),
-        MetricsLog(tmp_path / "metrics.jsonl", writers=train.metrics_writers(config, run, {})) as log,
+        MetricsLog(tmp_path / "metrics.jsonl", writers=metrics_writers.metrics_writers(config, run, {})) as log,
     ):
         log.resume(0)
         log.write(training(0))
@@ -306,7 +306,7 @@ def test_the_page_of_a_run_has_its_settings(tmp_path, monkeypatch):
     run.path.mkdir()
     data = DataConfig(mix=(MixConfig("org/name", 2.0),), max_length=300)
     config = Config(run=RunConfig(wandb="p"), model=ModelConfig(path="org/model"), data=data)
-    (writer,) = train.metrics_writers(config, run, {"lr": 0.1, "data": "0f1e"})
+    (writer,) = metrics_writers.metrics_writers(config, run, {"lr": 0.1, "data": "0f1e"})
     writer.resume(0, [])
     shown = json.loads(json.dumps(opened[0]["config"]))
     assert (shown["model.path"], shown["data.max_length"], shown["dpo.beta"]) == ("org/model", 300, 0.1)

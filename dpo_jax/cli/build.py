@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,7 @@ from dpo_jax.cli.preflight.devices import batch_parts as batch_parts
 from dpo_jax.cli.preflight.packages import check_writers
 from dpo_jax.cli.splits import TEXT_SOURCES, load_split, load_texts
 from dpo_jax.data.chat_date import at_date
-from dpo_jax.data.encode import Encoded
-from dpo_jax.data.layout import Layout, places_of
+from dpo_jax.data.layout import Example, Layout, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.template import turn_end_token
@@ -318,10 +317,21 @@ def make_loss(section: DpoConfig) -> PreferenceLoss:
     return named_loss(section.loss, **section.loss_options())
 
 
-def pair_layout(config: Config, pairs: Sequence[Encoded], *, batch: int, parts: int, microbatches: int = 1) -> Layout:
-    """Layout for batches that divide into `parts` (devices times microbatches) without splitting pairs. See `plan_layout`."""
-    kind, length = config.data.layout, config.data.row_length
-    parts *= places_of(pairs[0]) if kind == "plain" else 1
+def row_layout(
+    config: Config,
+    examples: Sequence[Example],
+    *,
+    batch: int,
+    parts: int,
+    microbatches: int = 1,
+    kind: Literal["plain", "shared", "packed"] | None = None,
+) -> Layout:
+    """Layout for batches that divide into `parts` (devices times microbatches) without splitting examples. See `plan_layout`.
+
+    `kind` is `data.layout` if not given.
+    """
+    kind, length = kind or config.data.layout, config.data.row_length
+    parts *= places_of(examples[0]) if kind == "plain" else 1
     with reported("planning the rows"):
         cut = {"multiple": parts, "microbatches": microbatches, "pieces": config.mesh.context}
-        return plan_layout(pairs, kind=kind, batch=batch, length=length, **cut)
+        return plan_layout(examples, kind=kind, batch=batch, length=length, **cut)

@@ -23,6 +23,9 @@ from dpo_jax.models.hf import save_hf
 from dpo_jax.models.hub import model_folder, resolve
 from dpo_jax.models.lora import LORA
 from dpo_jax.runtime import hosts
+from dpo_jax.runtime.metrics import read_metrics
+from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.types import Model, Variables
 from dpo_jax.untrusted import check_name, read_text
 from dpo_jax.writing import write_text
@@ -162,3 +165,29 @@ def _write_beside(folder: Path, tokenizer: Any, card: str | None) -> None:
             )
     if card is not None:
         write_text(folder / "README.md", with_digest(card, folder))
+
+
+def write_outputs(
+    run: RunDir,
+    model: Model,
+    variables: Variables,
+    tokenizer: Any,
+    *,
+    card: Callable[[], str],
+    write: Callable[..., tuple[Path, str]],
+) -> None:
+    """Writes the plots, the model card, and by `write` (of `export`) the model or adapter as a Hugging Face folder.
+
+    All hosts call it, with `variables` as returned by `Trained.written`.
+    """
+    text = card() if hosts.is_first() else None
+    with reported("exporting the policy"):
+        folder, dtype = write(run.export, model, variables, tokenizer, card=text)
+    if text is None:
+        return
+    from dpo_jax.plotting.training_curves import plot_training  # matplotlib: 0.4 s that need not delay the first step
+
+    with reported("drawing plots"):
+        plot_training(read_metrics(run.metrics), run.plots)
+    write_text(run.card, (folder / "README.md").read_text(encoding="utf-8"))  # with the digest of the weights
+    print(f"the policy is in {folder}, in {dtype}")

@@ -75,7 +75,7 @@ def reference_values(
         cache=config.refs_cache(),
         identity=cache_identity(config, model, weights, tokenizer, vision),
         partitioner=partitioner,
-        layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
+        layout=build.row_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
         batch=config.refs.batch,
         ld_alpha=config.dpo.ld_alpha,
         other_data=f"other data{dated}",

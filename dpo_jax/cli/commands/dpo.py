@@ -14,11 +14,13 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.balancing import router_aux_loss, tell_switches
 from dpo_jax.cli.card import dpo_card
 from dpo_jax.cli.config import Config, DpoConfig
-from dpo_jax.cli.exports import write_model, writer
+from dpo_jax.cli.earlier import earlier_run
+from dpo_jax.cli.exports import write_model, write_outputs, writer
 from dpo_jax.cli.reference_pass import cache_identity, check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
+from dpo_jax.cli.train import train
 from dpo_jax.cli.trained import trained
+from dpo_jax.cli.training_plan import TrainingData, plan_training
 from dpo_jax.cli.training_samples import sampler_of
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.dpo import dpo_step
@@ -89,7 +91,7 @@ def run(config: Config) -> int:
                 read_by=functools.partial(plan.read_by, batch=section.batch, seed=config.run.seed),
                 score=policy_logps,
                 folder=run_dir.path / "references",
-                layout=build.pair_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
+                layout=build.row_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
                 batch=config.refs.batch,
                 part=partitioner.host_part,
                 identity=cache_identity(config, part.model, digests["start"], tokenizer, vision) | {"start": digests["start"]},

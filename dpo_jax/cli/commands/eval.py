@@ -79,7 +79,7 @@ def run(config: Config) -> int:
         loss = build.make_loss(config.dpo)
         known = {"partitioner": partitioner, "weights": weights["reference"], "vision": vision}
         (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], **known)
-        layout = build.pair_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
+        layout = build.row_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
         compiled = partitioner.compile_map(functools.partial(completion_logps, model, ld_alpha=config.dpo.ld_alpha))
         logps = held_out_logps(
             lambda rows: compiled(policy, rows),

@@ -20,14 +20,15 @@ from dpo_jax.cli import build, identity
 from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import online_card
 from dpo_jax.cli.config import Config, DpoConfig, OnlineConfig
+from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.cli.experiment import has_true_reward, make_world
-from dpo_jax.cli.exports import write_model, writer
+from dpo_jax.cli.exports import write_model, write_outputs, writer
 from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.cli.kept_policies import KeptPolicies
+from dpo_jax.cli.metrics_writers import metrics_writers
 from dpo_jax.cli.online_labels import compare_of, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.cli.rewards import learned_reward
-from dpo_jax.cli.train import earlier_run, metrics_writers, write_outputs
 from dpo_jax.cli.trained import Trained, planned
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step

@@ -14,13 +14,13 @@ from typing import Any
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config
+from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.cli.experiment import has_true_reward, make_world, sized
 from dpo_jax.cli.exports import write_model, writer
 from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
 from dpo_jax.cli.rewards import learned_reward
 from dpo_jax.cli.starting_policy import refuse_bfloat16
-from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import planned
 from dpo_jax.lab.world import LEARNED, World
 from dpo_jax.models.digest import files_digest

@@ -13,9 +13,9 @@ from typing import Any
 
 from dpo_jax.cli import build, identity, splits
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig
+from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.cli.exports import DTYPES
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.train import earlier_run
 from dpo_jax.cli.trained import trained
 from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.prepare import data_digest

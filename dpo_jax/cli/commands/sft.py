@@ -12,11 +12,13 @@ from dpo_jax.cli import build, splits
 from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.card import sft_card
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.exports import write_exact, writer
+from dpo_jax.cli.earlier import earlier_run
+from dpo_jax.cli.exports import write_exact, write_outputs, writer
 from dpo_jax.cli.images import encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.train import TrainingData, earlier_run, plan_training, train, write_outputs
+from dpo_jax.cli.train import train
 from dpo_jax.cli.trained import trained
+from dpo_jax.cli.training_plan import TrainingData, plan_training
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.prepare import encode_targets

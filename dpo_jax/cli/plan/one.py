@@ -134,6 +134,6 @@ def _work(config: Config, flops: PairFlops, *, batch: int, parts: int, microbatc
         raise ConfigError(f"dpo.loss: plan counts two completions an example, but {config.dpo.loss} has more; use dpo")
     label = True if kind == "unpaired" else None
     pairs = [Encoded(prompt, completion, completion, uid=str(number), desirable=label) for number in range(batch)]
-    layout = build.pair_layout(config, pairs, batch=batch, parts=parts)
+    layout = build.row_layout(config, pairs, batch=batch, parts=parts)
     rows = layout.rows(pairs, ref_logps=np.zeros((batch, 2), np.float32))
     return Work(rows, batch, flops, microbatches, item_bytes=np.dtype(build.PRECISIONS[config.run.precision]).itemsize)
