@@ -164,13 +164,16 @@ def test_whoever_compares_is_asked_about_texts_that_differ(tmp_path):
         ]
 
     log = LabelLog(tmp_path / "labels.jsonl", {})
-    texts = [[" a", " bb", " bb"], [" a", " ?", " "]]
-    found = compared(["p", "q"], texts, compare, log, number=0)
-    np.testing.assert_array_equal(found, [[0, 0.75, 0.75], [np.nan, np.nan, np.nan]])
-    assert asked == [(0, "p", (" a", " bb")), (0, "q", (" a", " ?"))]
+    texts = [[" a", " bb", " bb"], [" a", " ?", " "], [" ", " bb", " a"]]
+    prompts = ["p", "q", "r"]
+    found = compared(prompts, texts, compare, log, number=0)
+    np.testing.assert_array_equal(found, [[0, 0.75, 0.75], [np.nan, np.nan, 0], [0, 1, 0]])
+    assert asked == [(0, "p", (" a", " bb")), (0, "q", (" a", " ?")), (0, "r", (" bb", " a"))]
+    # A blank completion costs no prompt: the others make its pair.
+    assert choose_pairs(texts[2:], found[2:], how="best_worst")[0].tolist() == [[0, 1, 2]]
     again = LabelLog(tmp_path / "labels.jsonl", {})
-    np.testing.assert_array_equal(compared(["p", "q"], texts, compare, again, number=3), found)
-    assert (len(asked), again.count(0), again.count(3)) == (2, 2, 0)
+    np.testing.assert_array_equal(compared(prompts, texts, compare, again, number=3), found)
+    assert (len(asked), again.count(0), again.count(3)) == (3, 3, 0)
 
 
 # The files of a round

@@ -66,7 +66,7 @@ def test_of_a_single_completion_the_turns_of_the_assistant_count_and_of_a_mismat
     own = [["4<|im_end|>", "6, not 7<|im_end|>"], ["10<|im_end|>"], ["Ha<|im_end|>", "Ho<|im_end|>"]]
     encoded = encode_all(read, chatty, **LIMITS)
     assert [counted(chatty, one.chosen, one.chosen_scored) for one in encoded] == own
-    assert [counted(chatty, one.rejected, one.rejected_scored) for one in encoded] == [own[1], own[2], own[0]]
+    assert [counted(chatty, one.rejected, one.rejected_scored) for one in encoded] == [own[1], own[2], own[1]]
     [text] = encode_targets(read, chatty, **LIMITS)[0]
     assert counted(chatty, *text[1:3]) == own[0]
 

@@ -211,18 +211,31 @@ def test_rankings_of_several_lengths(tmp_path):
 # Token ids
 
 
-def test_a_mismatched_completion_is_the_next_one_of_another_prompt():
+@pytest.mark.parametrize("labels", [1, 2])
+def test_a_mismatched_completion_is_the_next_one_of_another_prompt_with_the_same_label(labels):
     drawn = np.random.default_rng(1)
-    for count in (1, 2, 5, 30):
+    for count in (1, 2, 5, 9, 30):
         prompts, completions = drawn.integers(0, 4, size=(2, count))
-        of = [np.array([1, i], np.int32) for i in range(4)]
-        examples = [Encoded(of[p], of[c], of[c], desirable=True) for p, c in zip(prompts, completions, strict=True)]
+        label, of = drawn.integers(0, labels, size=count), [np.array([1, i], np.int32) for i in range(4)]
+        examples = [
+            Encoded(of[p], of[c], of[c], desirable=bool(y)) for p, c, y in zip(prompts, completions, label, strict=True)
+        ]
         for place, found in enumerate(mismatched(examples, max_length=9)):
-            others = [(place + step) % count for step in range(1, count)]
+            others = [(place + step) % count for step in range(1, count)] or [place]
+            alike = [i for i in others if label[i] == label[place]] or [place]
+            others = alike if any(prompts[i] != prompts[place] for i in alike) else others
             fit = [i for i in others if prompts[i] != prompts[place] and completions[i] != completions[place]]
-            source = fit[0] if fit else (place + 1) % count
-            np.testing.assert_array_equal(found.rejected, of[completions[source]])
+            np.testing.assert_array_equal(found.rejected, of[completions[(fit or others)[0]]])
             np.testing.assert_array_equal(found.chosen, examples[place].chosen)
+
+
+def test_the_mismatched_completions_of_pairs_are_as_often_chosen_ones_as_rejected_ones(tmp_path, tokenizer):
+    pairs = [{"prompt": f"Name fruit {n}.", "chosen": f" Apple {n}.", "rejected": f" Brick {n}."} for n in range(6)]
+    found = encode_all(load(tmp_path, *pairs, rows="unpaired"), tokenizer, **LIMITS)
+    assert [tokenizer.decode(one.rejected[:6]).split()[0] for one in found] == ["Apple", "Brick"] * 6
+
+
+def test_a_mismatched_completion_leaves_room_for_the_prompt():
     two = np.array([1, 2], np.int32)
     long = Encoded(np.arange(1, 9, dtype=np.int32), two, two, desirable=True)
     [first, _] = mismatched([long, SINGLES[0]], max_length=10)

@@ -11,22 +11,48 @@ from dpo_jax.data.encode import Encoded, prompt_key
 def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]:
     """Single completions, in the order given, with a completion of another example as `rejected`.
 
-    It is that of the next example (cyclically) with a different prompt and a different completion, cut to `max_length` tokens
-    with this prompt. Its scored tokens stay the same. If all have one prompt or one completion, it is that of the next example.
-    The rule depends only on the order of the data, so a resumed run and the reference cache find the same.
+    It is that of the next example (cyclically) with the same label, a different prompt and a different completion, cut to
+    `max_length` tokens with this prompt. Its scored tokens stay the same. So the mismatched completions are as often desirable
+    as the others: KTO's estimate of the KL would follow the desirable ones alone if each half of a pair took the next one's
+    chosen completion. If all of a label have one prompt, that of the next example with any label is taken; if all have one
+    prompt or one completion, that of the next example. The rule depends only on the order of the data, so a resumed run and
+    the reference cache find the same.
 
     >>> ids = [np.int32([i, 0]) for i in range(1, 9)]
     >>> one, two, three = (Encoded(ids[p], ids[c], ids[c], desirable=True) for p, c in ((0, 4), (0, 5), (1, 6)))
     >>> [one.rejected.tolist() for one in mismatched([one, two, three], max_length=8)]
     [[7, 0], [7, 0], [5, 0]]
     """
+    by_label: dict[bool, list[int]] = {}
+    for number, example in enumerate(examples):
+        by_label.setdefault(bool(example.desirable), []).append(number)
+    source = list(range(len(examples)))
+    for members in by_label.values():
+        alike = [examples[number] for number in members]
+        found = dict(enumerate(_next_mismatched(examples))) if one_prompt(alike) else {}
+        for number, place in zip(members, _next_mismatched(alike), strict=True):
+            source[number] = found.get(number, members[place])
+    return [_with_completion_of(example, examples[place], max_length) for example, place in zip(examples, source, strict=True)]
+
+
+def _with_completion_of(example: Encoded, other: Encoded, max_length: int) -> Encoded:
+    """`example` with the completion of `other` as `rejected`, cut to the room after its own prompt."""
+    completion, scored = other.sides[0]
+    end = max(1, max_length - len(example.prompt))
+    # If the cut leaves no scored token, for example after context turns, everything left is scored.
+    scored = None if scored is None or not scored[:end].any() else scored[:end]
+    return dataclasses.replace(example, rejected=completion[:end], rejected_scored=scored)
+
+
+def _next_mismatched(examples: Sequence[Encoded]) -> list[int]:
+    """For each example: the place of the next one (cyclically) with another prompt and another completion, or of the next."""
     count = len(examples)
     prompts, completions = (
         list(keys) for keys in zip(*((prompt_key(one), one.chosen.tobytes()) for one in examples), strict=True)
     )
     past_prompt, past_completion = _next_other(prompts), _next_other(completions)
     found = []
-    for number, example in enumerate(examples):
+    for number in range(count):
         place = number + 1
         while place < number + count:
             here = place % count
@@ -38,11 +64,7 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
                 break
         else:
             place = number + 1
-        other, scored = examples[place % count].sides[0]
-        end = max(1, max_length - len(example.prompt))
-        # If the cut leaves no scored token, for example after context turns, everything left is scored.
-        scored = None if scored is None or not scored[:end].any() else scored[:end]
-        found.append(dataclasses.replace(example, rejected=other[:end], rejected_scored=scored))
+        found.append(place % count)
     return found
 
 

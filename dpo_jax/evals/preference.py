@@ -72,7 +72,7 @@ def preference_summary(
     a prompt once, with the mean of its pairs.
 
     A pair counts as right if the implicit reward of the chosen completion is higher, and as half right in a tie
-    (`losses.right`): a policy equal to its reference has accuracy 0.5.
+    (`losses.pair_accuracy`): a policy equal to its reference has accuracy 0.5.
     """
     logps, ref_logps = np.asarray(logps), np.asarray(ref_logps)
     signals = whole_set_signals(loss, lengths, pairs=len(logps), desirable=desirable)

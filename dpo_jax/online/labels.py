@@ -176,7 +176,8 @@ def compared(
 ) -> np.ndarray:
     """Scores of the K completions of each of N prompts by pairwise comparison: float64[N, K], as `choices.shares_won`.
 
-    Equal texts are a tie and blank ones undecided, without a request. Labels already in `log` are not requested again.
+    Equal texts are a tie, without a request. A blank one is not compared, because it enters no pair; its score is 0, so that
+    the prompt's other completions are still used. Labels already in `log` are not requested again.
     """
     several = len(texts[0]) if texts else 0
     outcomes = np.full((len(texts), several, several), np.nan)
@@ -194,4 +195,5 @@ def compared(
         for n, i, j in places:
             label = log[key]
             outcomes[n, i, j] = np.nan if label is None else label
-    return shares_won(outcomes)
+    blank = [[not text.strip() for text in its] for its in texts]
+    return np.where(np.array(blank, bool).reshape(len(texts), several), 0.0, shares_won(outcomes))
