@@ -135,7 +135,8 @@ def bc_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step of behavior cloning: `loss = -log pi(a | s)`, the mean over transitions. Pure, like `cpl_step`.
 
-    Applied to the steps of preferred segments it is SFT, the first phase of CPL here. (The authors' CPL clones both segments of each pair.)
+    Applied to the steps of preferred segments it is SFT, the first phase of CPL here. The authors' CPL clones both segments of
+    each pair.
 
     >>> def log_prob(variables, states, actions):
     ...     return -((actions - states @ variables["gain"]) ** 2).sum(-1) / 2

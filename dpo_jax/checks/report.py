@@ -94,8 +94,8 @@ class Report:
         return f"{len(decided)} checks in {seconds:.0f} s, {verdict}; written to {self.path}"
 
 
-def first_line(error: BaseException, *, most: int = 300) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:most]
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")[:300]
 
 
 @contextlib.contextmanager

@@ -19,12 +19,11 @@ from dpo_jax.runtime.rundir import RunDir, write_json
 from dpo_jax.types import Model, Partitioner, Rows, Variables
 
 
-def router_aux_loss(config: Config, section: TrainingConfig, model: Model) -> float:
+def router_aux_loss(section: TrainingConfig, model: Model) -> float:
     """The coefficient in `section`, or else in the config.json of `model`. Raises `ConfigError` for a model without experts."""
     asked = section.router_aux_loss
     if asked and model.route is None:
-        name = "sft" if section is config.sft else "dpo"
-        raise ConfigError(f"{name}.router_aux_loss: a {model.config.family} has no experts to balance; leave it out")
+        raise ConfigError(f"{section.name}.router_aux_loss: a {model.config.family} has no experts to balance; leave it out")
     return router_coefficient(model.config) if asked is None else asked
 
 

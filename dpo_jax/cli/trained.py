@@ -105,12 +105,11 @@ class Trained(NamedTuple):
 
 def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
     """The parameters of `model` that `section` trains, whatever they start from: no file is read. Raises `ConfigError`."""
-    name = "sft" if section is config.sft else "dpo"
     if section.trainable is not None:
         try:
             chosen = chosen_parameters(section.trainable, model)
         except ValueError as error:
-            raise ConfigError(f"{name}.trainable: {error}") from error
+            raise ConfigError(f"{section.name}.trainable: {error}") from error
         # Layers separated from their stack are copied when the state is made.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return Trained(model, partial_model(model, chosen), chosen=chosen)

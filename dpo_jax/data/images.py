@@ -130,9 +130,9 @@ def open_image(source: Source, *, root: str | os.PathLike[str] = ".", field: str
     return ImageFile(kept, size, hashlib.sha256(content).hexdigest())
 
 
-def pixels(image: ImageFile, processing: Processing, *, field: str = "image") -> np.ndarray:
+def pixels(image: ImageFile, processing: Processing) -> np.ndarray:
     """The encoder's input: float32[height, width, 3]."""
-    decoded = _decoded(image.content, field).resize((processing.width, processing.height), processing.resample)
+    decoded = _decoded(image.content, "image").resize((processing.width, processing.height), processing.resample)
     values = np.asarray(decoded, np.float32) * np.float32(processing.scale)
     return (values - np.array(processing.mean, np.float32)) / np.array(processing.std, np.float32)
 

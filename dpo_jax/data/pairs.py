@@ -253,9 +253,9 @@ class DataReport:
         """An independent copy."""
         return copy.deepcopy(self)
 
-    def reasons(self, each: int = 3) -> str:
-        """Lines with place and reason of the first `each` dropped candidates of every cause."""
-        return printable("".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:each]))
+    def reasons(self) -> str:
+        """Lines with place and reason of the first three dropped candidates of every cause."""
+        return printable("".join(f"    {line}\n" for lines in self.examples.values() for line in lines[:3]))
 
     def summary(self) -> str:
         """The report as a small text table."""

@@ -53,7 +53,8 @@ def reward_variants(logps: Array, ref_logps: Array, tokens: Array, *, beta: floa
 def margins_of(rewards: Mapping[str, np.ndarray], logps: Array, ref_logps: Array) -> dict[str, np.ndarray]:
     """Margins float64[P] of `reward_variants`, given also the log-probabilities, in the dtype in which they were computed.
 
-    "implicit" is 0 where `losses.pair_accuracy` counts a tie, so that its accuracy equals that of training and of `preference_summary`.
+    "implicit" is 0 where `losses.pair_accuracy` counts a tie, so that its accuracy equals that of training and of
+    `preference_summary`.
     """
     margins = {name: values[:, 0] - values[:, 1] for name, values in rewards.items()}
     tie = tied(np.asarray(logps), np.asarray(ref_logps))

@@ -139,7 +139,7 @@ def implied_scores(method: str, rewards: Array, *, rate: float, assumed: float |
 
 
 def predicted_curve(
-    method: str, rewards: Array, betas: Sequence[float] | Array, *, rate: float, assumed: float | None = None
+    method: str, rewards: Array, betas: Sequence[float] | Array, *, rate: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """(KL in nats, mean true reward) of the policy of least expected loss at each beta: float64[B] each.
 
@@ -147,7 +147,7 @@ def predicted_curve(
     trusted as far as that of `evals.frontier.optimum` on the same completions, about log M nats.
     """
     rewards = np.asarray(rewards, np.float64)
-    scores = np.stack([implied_scores(method, row, rate=rate, assumed=assumed) for row in rewards])
+    scores = np.stack([implied_scores(method, row, rate=rate) for row in rewards])
     kls, means = [], []
     for beta in betas:
         exponents = scores / beta

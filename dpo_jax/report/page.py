@@ -40,9 +40,7 @@ class Notice:
 
     @property
     def name(self) -> str:
-        return (
-            self.title or {"alarm": "Careful", "warning": "Note", "health": "Unusual", "fine": "Nothing unusual in"}[self.level]
-        )
+        return self.title or LEVELS[self.level]
 
 
 @dataclasses.dataclass(frozen=True)

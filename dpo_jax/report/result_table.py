@@ -36,7 +36,7 @@ MEASURES = (
 READING = f"{KL_OF_SAMPLES} is per completion, from samples of the policy. ±: one standard error."
 
 
-def result_table(report: Mapping[str, Any], *, samples: int = 3) -> str:
+def result_table(report: Mapping[str, Any]) -> str:
     """Policy against reference, one line per measure, and the first samples of each. No line is longer than 80 columns."""
     reference, policy = report["reference"], report["policy"]
     title = f"{report['pairs']:,} held-out {report.get('examples', 'pairs')}"
@@ -47,7 +47,7 @@ def result_table(report: Mapping[str, Any], *, samples: int = 3) -> str:
             lines.append(f"{label:<{LABEL}}{before:>{NUMBER}}{after:>{NUMBER}}  {_uncertainty(policy, key, form)}".rstrip())
     if "kl" in policy:
         lines += textwrap.wrap(READING, WIDTH)
-    for sample in report.get("samples", [])[:samples]:
+    for sample in report.get("samples", [])[:3]:
         lines += ["", *_text("prompt", shown_prompt(sample))]
         for who, name in (("reference", "before"), ("policy", "after")):
             lines += _text(f"  {name}", sample[who], cut=not sample.get(f"{who}_finished", True))

@@ -153,10 +153,10 @@ def label_counts(encoded: Sequence[Any]) -> dict[str, int] | None:
     return {"desirable": desirable, "undesirable": len(encoded) - desirable}
 
 
-def row_statistics(config: Config, encoded: Sequence[Encoded] | Sequence[Text], *, batches: int = 8) -> dict[str, Any]:
-    """How full the rows of the configured layout are, over the first batches of `dpo`, or of its size with texts."""
+def row_statistics(config: Config, encoded: Sequence[Encoded] | Sequence[Text]) -> dict[str, Any]:
+    """How full the rows of the configured layout are, over the first eight batches of `dpo`, or of its size with texts."""
     batch = config.dpo.batch
     layout = plan_layout(encoded, kind=config.data.layout, batch=batch, length=config.data.row_length)
     at = train_batches(encoded, layout=layout, batch=min(batch, len(encoded)), seed=config.run.seed)
-    filled = [at(step).stats["padding"] for step in range(min(batches, max(1, len(encoded) // batch)))]
+    filled = [at(step).stats["padding"] for step in range(min(8, max(1, len(encoded) // batch)))]
     return {"layout": layout.kind, "length": layout.length, "batch": batch, "padding": float(np.mean(filled))}

@@ -44,7 +44,7 @@ def run(config: Config) -> int:
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy", images=vision is not None)
         check_reference(config, model, tokenizer, vision)
         part = trained(config, section, model, config.dpo_policy())
-        balancing = router_aux_loss(config, section, model)
+        balancing = router_aux_loss(section, model)
         partitioner = part.partitioner(config)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report], vision=vision)
         # A run that does not fit is refused here, before the reference pass, which may take hours.

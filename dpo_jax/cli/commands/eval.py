@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from dpo_jax.data import reviews
 from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import PreferenceSet
-from dpo_jax.data.prepare import data_digest
+from dpo_jax.data.prepare import EncodedSet, data_digest
 from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.intervals import mean_with_error
@@ -41,6 +41,19 @@ from dpo_jax.types import Model, Partitioner, Variables
 from dpo_jax.writing import write_text, writing
 
 
+class Compared(NamedTuple):
+    """Policy and reference, placed on the devices, and the held-out examples on which they are compared."""
+
+    model: Model
+    tokenizer: Any
+    partitioner: Partitioner
+    variables: dict[str, Variables]  # of "reference" and "policy"
+    weights: dict[str, str]  # their digests
+    preferences: PreferenceSet
+    held_out: EncodedSet
+    vision: Vision | None
+
+
 def run(config: Config) -> int:
     given = config
     # The table and the rewards use the same reference.
@@ -48,90 +61,110 @@ def run(config: Config) -> int:
     of_run = Path(config.eval_policy()).resolve() == Path(config.run.dir, "dpo", "export").resolve()
     task = "rewards" if config.eval.rewards else "eval"
     with build.open_run(given, task, out=config.eval.rewards_out) as run_dir:
-        tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
-        rows = loss_table.rows_of(config.dpo.loss)
-        if config.eval.rewards and rows != "pairs":
-            raise ConfigError(f"eval.rewards: judges pairs, but loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
-        preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
-        vision = _vision(config, preferences, tokenizer)
-        images = vision is not None
-        model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference", images=images)
-        judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy", images=images)
-        if architecture(judged) != architecture(model):
-            raise ConfigError(
-                f"eval.reference: {config.dpo_reference()} is a different model from the policy, not just other weights"
-            )
-        partitioner = build.make_partitioner(config, model)
-        held_out = encode_shown(config, preferences, tokenizer, vision)
-        if vision is not None:
-            vision.compute(config)
-        weights: dict[str, str] = {}
-        reference, weights["reference"] = build.load_weights(
-            config.dpo_reference(), model, partitioner, name="eval.reference", dtype=config.kept_dtype()
-        )
-        policy, weights["policy"] = build.load_weights(config.eval_policy(), model, partitioner, name="eval.policy")
-        build.describe(run_dir, given, held_out.report)
+        both = _load(config)
+        build.describe(run_dir, given, both.held_out.report)
         if is_first():  # results of an earlier evaluation must not stand beside the configuration of this one
             for old in ("report.json", "rewards.jsonl" if config.eval.rewards else "samples.jsonl"):
                 (run_dir.path / old).unlink(missing_ok=True)
         if of_run and is_first():
-            _note_other_reference(given, weights["reference"])
-        loss = build.make_loss(config.dpo)
-        known = {"partitioner": partitioner, "weights": weights["reference"], "vision": vision}
-        (ref_logps,) = reference_values(config, model, reference, tokenizer, [held_out], **known)
-        layout = build.row_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
-        compiled = partitioner.compile_map(functools.partial(completion_logps, model, ld_alpha=config.dpo.ld_alpha))
-        logps = held_out_logps(
-            lambda rows: compiled(policy, rows),
-            eval_batches(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
-            pairs=len(held_out),
-        )
-        if config.eval.rewards:
+            _note_other_reference(given, both.weights["reference"])
+        logps, ref_logps = _logps(config, both)
+        if not config.eval.rewards:
+            report = _report(config, both, logps, ref_logps) | {"of_run": of_run}
             if is_first():
-                kept = splits.only_kept(preferences, held_out)
-                write_rewards(config, run_dir, kept, held_out, logps=logps, ref_logps=ref_logps, weights=weights)
-            return 0
-        summary = functools.partial(
-            preference_summary,
-            loss=loss,
-            lengths=completion_tokens(held_out),
-            desirable=labels_of(held_out),
-            prompts=[prompt_key(pair) for pair in held_out],
-        )
-        report: dict[str, Any] = {
-            "pairs": len(held_out),
-            "examples": loss_table.example_word(config.dpo.loss),
-            "settings": _settings(config),
-            "of_run": of_run,
-            "weights": weights,
-            "reference": summary(ref_logps, ref_logps),
-            "policy": summary(logps, ref_logps),
-        }
-        if config.eval.samples:
-            both = {"reference": reference, "policy": policy}
-            stop_ids = build.stop_ids(tokenizer, config.eval_policy(), config.eval_reference())
-            samples = sampled(config, partitioner, model, both, tokenizer, held_out, stop_ids=stop_ids)
-            for who in ("reference", "policy"):
-                report[who] |= samples["summary"][who]
-            report["samples"] = samples["texts"][:3]
-            report["sampling"] = {"prompts": len(samples["texts"]), "max_new_tokens": config.eval.max_new_tokens}
-        if not is_first():
-            return 0
-        if config.eval.samples:
-            with writing(run_dir.path / "samples.jsonl") as file:
-                file.writelines(json_text(line) + "\n" for line in samples["texts"])
-        metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
-        health = examine_run(report, read_metrics(metrics) if of_run and metrics.is_file() else ())
-        report["notes"] = [note._asdict() for note in health.notes]
-        write_json(run_dir.path / "report.json", report)
-        print(result_table(report), end="\n\n")
-        for note in health.notes:
-            print(wrapped(f"{note.name}: {note.words}", mark="! "))
-        print(wrapped(health.summary, mark=""))
-        print(f"\nfull report: {run_dir.path}/report.json")
-        if of_run:
-            _update_card(config, report, held_out)
+                _write(config, run_dir, both, report)
+        elif is_first():
+            kept = splits.only_kept(both.preferences, both.held_out)
+            write_rewards(config, run_dir, kept, both.held_out, logps=logps, ref_logps=ref_logps, weights=both.weights)
     return 0
+
+
+def _load(config: Config) -> Compared:
+    """Raises `ConfigError` if policy and reference are different models, or if the data do not suit the loss."""
+    tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
+    rows = loss_table.rows_of(config.dpo.loss)
+    if config.eval.rewards and rows != "pairs":
+        raise ConfigError(f"eval.rewards: judges pairs, but loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
+    preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
+    vision = _vision(config, preferences, tokenizer)
+    images = vision is not None
+    model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference", images=images)
+    judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy", images=images)
+    if architecture(judged) != architecture(model):
+        raise ConfigError(
+            f"eval.reference: {config.dpo_reference()} is a different model from the policy, not just other weights"
+        )
+    partitioner = build.make_partitioner(config, model)
+    held_out = encode_shown(config, preferences, tokenizer, vision)
+    if vision is not None:
+        vision.compute(config)
+    paths = {"reference": (config.dpo_reference(), {"dtype": config.kept_dtype()}), "policy": (config.eval_policy(), {})}
+    variables, weights = {}, {}
+    for who, (path, kept) in paths.items():
+        variables[who], weights[who] = build.load_weights(path, model, partitioner, name=f"eval.{who}", **kept)
+    return Compared(model, tokenizer, partitioner, variables, weights, preferences, held_out, vision)
+
+
+def _logps(config: Config, both: Compared) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities of the held-out completions, float32[P, K] each: by the policy, and by the reference."""
+    model, partitioner, held_out = both.model, both.partitioner, both.held_out
+    known = {"partitioner": partitioner, "weights": both.weights["reference"], "vision": both.vision}
+    (ref_logps,) = reference_values(config, model, both.variables["reference"], both.tokenizer, [held_out], **known)
+    layout = build.row_layout(config, held_out, batch=config.eval.batch, parts=partitioner.row_shards)
+    compiled = partitioner.compile_map(functools.partial(completion_logps, model, ld_alpha=config.dpo.ld_alpha))
+    logps = held_out_logps(
+        lambda rows: compiled(both.variables["policy"], rows),
+        eval_batches(held_out, layout=layout, batch=config.eval.batch, part=partitioner.host_part),
+        pairs=len(held_out),
+    )
+    return logps, ref_logps
+
+
+def _report(config: Config, both: Compared, logps: np.ndarray, ref_logps: np.ndarray) -> dict[str, Any]:
+    """The table's figures, with samples of both models if `eval.samples` asks for any. All hosts must call it."""
+    held_out = both.held_out
+    summary = functools.partial(
+        preference_summary,
+        loss=build.make_loss(config.dpo),
+        lengths=completion_tokens(held_out),
+        desirable=labels_of(held_out),
+        prompts=[prompt_key(pair) for pair in held_out],
+    )
+    report: dict[str, Any] = {
+        "pairs": len(held_out),
+        "examples": loss_table.example_word(config.dpo.loss),
+        "settings": _settings(config),
+        "weights": both.weights,
+        "reference": summary(ref_logps, ref_logps),
+        "policy": summary(logps, ref_logps),
+    }
+    if config.eval.samples:
+        stop_ids = build.stop_ids(both.tokenizer, config.eval_policy(), config.eval_reference())
+        samples = sampled(config, both.partitioner, both.model, both.variables, both.tokenizer, held_out, stop_ids=stop_ids)
+        for who in ("reference", "policy"):
+            report[who] |= samples["summary"][who]
+        report["samples"] = samples["texts"]
+        report["sampling"] = {"prompts": len(samples["texts"]), "max_new_tokens": config.eval.max_new_tokens}
+    return report
+
+
+def _write(config: Config, run_dir: RunDir, both: Compared, report: dict[str, Any]) -> None:
+    """Writes `report.json`, `samples.jsonl` and, for the policy of this run, its model card; prints the table."""
+    if config.eval.samples:
+        with writing(run_dir.path / "samples.jsonl") as file:
+            file.writelines(json_text(line) + "\n" for line in report["samples"])
+        report["samples"] = report["samples"][:3]
+    metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
+    health = examine_run(report, read_metrics(metrics) if report["of_run"] and metrics.is_file() else ())
+    report["notes"] = [note._asdict() for note in health.notes]
+    write_json(run_dir.path / "report.json", report)
+    print(result_table(report), end="\n\n")
+    for note in health.notes:
+        print(wrapped(f"{note.name}: {note.words}", mark="! "))
+    print(wrapped(health.summary, mark=""))
+    print(f"\nfull report: {run_dir.path}/report.json")
+    if report["of_run"]:
+        _update_card(config, report, both.held_out)
 
 
 def _vision(config: Config, preferences: PreferenceSet, tokenizer: Any) -> Vision | None:

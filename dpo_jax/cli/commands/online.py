@@ -240,7 +240,7 @@ def _train(
             model=world.model,
             tx=tx,
             loss=build.make_loss(section),
-            router_aux_loss=router_aux_loss(config, section, world.model),
+            router_aux_loss=router_aux_loss(section, world.model),
             microbatches=section.microbatches,
             axis_name=partitioner.axis_name,
         )

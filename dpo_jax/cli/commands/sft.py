@@ -38,7 +38,7 @@ def run(config: Config) -> int:
         _check_texts(data)
         model = build.start_model(config, tokenizer, images=data.vision is not None)
         part = trained(config, section, model, config.model.path)
-        partitioner, balancing = part.partitioner(config), router_aux_loss(config, section, model)
+        partitioner, balancing = part.partitioner(config), router_aux_loss(section, model)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         if config.model.path is None:
             variables, start = build.start_weights(config, model, partitioner)

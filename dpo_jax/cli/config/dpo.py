@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from dpo_jax import loss_table
 from dpo_jax.cli.config.ranges import Problem, not_negative, positive
@@ -37,6 +37,8 @@ LossConfig: Any = dataclasses.make_dataclass(
 class DpoConfig(LossConfig, TrainingConfig):
     """Direct Preference Optimization (Rafailov et al. 2023) and other preference losses. Defaults are those of the original
     DPO code (RMSprop, constant rate), not of TRL."""
+
+    name: ClassVar[str] = "dpo"
 
     policy: str | None = None
     """Starting policy, a folder or Hub id; "model": the one at model.path; none: sft/export in the run directory."""

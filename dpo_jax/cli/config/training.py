@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from dpo_jax import optimizer_table
 from dpo_jax.cli.config.file import TextList
@@ -29,6 +29,8 @@ HIGHER = ("rewards/accuracies", "rewards/margins")
 class TrainingConfig(OptimizerConfig):
     """Options shared by all training commands. Defaults are those of the original DPO code (RMSprop, constant rate), not of
     TRL."""
+
+    name: ClassVar[str]  # of the section, as in the names of its options
 
     batch: int = 64
     """Examples per optimizer step, over all devices and microbatches: texts (sft), pairs (dpo), completions (kto)."""
@@ -125,6 +127,8 @@ class TrainingConfig(OptimizerConfig):
 @dataclasses.dataclass(frozen=True)
 class SftConfig(TrainingConfig):
     """Supervised fine-tuning. It gives DPO its starting policy and its reference."""
+
+    name: ClassVar[str] = "sft"
 
     scored: Literal["completion", "all"] = "completion"
     """Tokens that count in the loss: those of the completion, or all (plain language modeling)."""

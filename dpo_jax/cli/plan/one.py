@@ -80,7 +80,7 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
             tx=tx,
             loss=build.make_loss(section),
             ld_alpha=section.ld_alpha,
-            router_aux_loss=router_aux_loss(config, section, model),
+            router_aux_loss=router_aux_loss(section, model),
             microbatches=section.microbatches,
         )
         where: dict[str, Any] = {"mesh": mesh, "chip": chip, "units": whole_heads(model.config)}

@@ -19,10 +19,9 @@ MOST_OF_A_HOST = 8  # most devices of any TPU or GPU machine on the market
 def batch_parts(section: TrainingConfig, row_shards: int, *, layout: str) -> int:
     """Number of parts into which the rows of a batch are split. Raises `ConfigError` if the batch does not divide."""
     parts = row_shards * section.microbatches
-    name = "sft" if isinstance(section, SftConfig) else "dpo"
     if layout != "packed" and section.batch % parts:
         raise ConfigError(
-            f"{name}.batch: {section.batch} cannot be split over {row_shards} devices x {section.microbatches} "
+            f"{section.name}.batch: {section.batch} cannot be split over {row_shards} devices x {section.microbatches} "
             f"microbatches; the nearest batch that can is {max(1, round(section.batch / parts)) * parts}"
         )
     return parts
