@@ -6,14 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax import sampling_loop
 from dpo_jax.data.layout import causal_rows, completion_rows
 from dpo_jax.head import token_logps
 from dpo_jax.logps import sequence_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
-from dpo_jax.sampling import generate, left_pad
-from dpo_jax.token_draw import choose
+from dpo_jax.sampling import generate, left_pad, loop
+from dpo_jax.sampling.draw import choose
 from dpo_jax.types import Model
 
 EOS, V = 3, 17
@@ -267,8 +266,8 @@ def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(
     np.testing.assert_array_equal(ours.tokens, expected.tokens)
     np.testing.assert_allclose(ours.token_logps, expected.token_logps, rtol=0, atol=0.02)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(variables))  # of 4 bytes, and most of the copy of 2
-    monkeypatch.setattr(sampling_loop, "MEMORY_FRACTION", 1)
+    monkeypatch.setattr(loop, "MEMORY_FRACTION", 1)
     for limit, copied in ((8 * numbers, True), (5 * numbers, False)):
         device = SimpleNamespace(memory_stats=lambda limit=limit: {"bytes_limit": limit})
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
-        assert sampling_loop._has_room(model, variables) == copied
+        assert loop._has_room(model, variables) == copied

@@ -10,13 +10,13 @@ from test_sampling import EOS, PROMPTS, V, counting_model
 
 from dpo_jax.data.layout import completion_rows
 from dpo_jax.evals.completions import COLUMNS, Completer, call_shape, repeats
-from dpo_jax.lanes import idle, refill
 from dpo_jax.logps import sequence_logps
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.lora import Lora, lora_model, lora_targets
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.sampling import generate, left_pad
+from dpo_jax.sampling.lanes import idle, refill
 
 NEW = 12
 

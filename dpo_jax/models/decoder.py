@@ -15,7 +15,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.lanes import rows_of
 from dpo_jax.models.attention import DENSE, AttentionPath
 from dpo_jax.models.attention_lanes import lane_keys
 from dpo_jax.models.attention_ring import along_context
@@ -27,6 +26,7 @@ from dpo_jax.models.experts import Routed
 from dpo_jax.models.layers import SCALED, VOCABULARY, Block, LayerInput, Norm, Shared, declare, last_axis
 from dpo_jax.models.products import float32_product, precision_of, take_rows
 from dpo_jax.routing import counted_tokens
+from dpo_jax.sampling.lanes import rows_of
 from dpo_jax.types import ROW_AXES, Array, Model, Routing, RowImages, Rows, SharedCache, Variables
 
 NO_WINDOW = 1 << 30  # for a full-attention layer in a model with windows elsewhere

@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from dpo_jax.data.encode import PromptImages
 from dpo_jax.data.segments import ImageRows
-from dpo_jax.sampling_loop import Options, Samples, Source, draw_completions, loop_weights, rows_read
+from dpo_jax.sampling.loop import Options, Samples, Source, draw_completions, loop_weights, rows_read
 from dpo_jax.types import Array, Model, RowImages, Rows, Variables
 
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.lanes import Lanes, idle, put, refill, take, waiting
 from dpo_jax.models.axes import parts_of
-from dpo_jax.token_draw import choose
+from dpo_jax.sampling.draw import choose
+from dpo_jax.sampling.lanes import Lanes, idle, put, refill, take, waiting
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
 
 MEMORY_FRACTION = 0.6
