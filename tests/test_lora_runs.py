@@ -14,7 +14,7 @@ from tiny_run import call, refused
 
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, MeshConfig, RunConfig
-from dpo_jax.cli.trained import planned
+from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import plain_rows
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
@@ -236,14 +236,14 @@ def test_a_reward_model_of_a_part_lies_on_a_mesh(section, options):
     config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **options)})
     sizes = {"vocab_size": 64, "width": 32, "layers": 2, "heads": 2, "max_positions": 64, "eos_token_id": 0}
     model = make_model(decoder_config(hf_config("llama", **sizes)))
-    part, tx = planned(config, config.dpo, model), build.make_tx(config.dpo)
-    partitioner = part.partitioner(config, head=True)
+    trainable, tx = planned_trainable(config, config.dpo, model), build.make_tx(config.dpo)
+    partitioner = trainable.partitioner(config, head=True)
     placed = partitioner.put_variables({**jax.jit(model.init)(jax.random.key(0)), HEAD: scalar_head(32)})
-    state = partitioner.init_state(functools.partial(part.state, tx=tx), placed)
+    state = partitioner.init_state(functools.partial(trainable.state, tx=tx), placed)
     assert HEAD in state.params
     kernel = state.frozen["params"]["layers"]["attention"]["query"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
-    step = partitioner.compile_step(functools.partial(reward_step, model=with_scalar_head(part.model), tx=tx))
+    step = partitioner.compile_step(functools.partial(reward_step, model=with_scalar_head(trainable.model), tx=tx))
     pair = Encoded(*(np.arange(1, 6, dtype=np.int32) + i for i in range(3)), uid="0")
     state, metrics = step(state, plain_rows([pair] * 8, length=16))
     assert float(metrics["loss"]) == pytest.approx(np.log(2), abs=1e-6)

@@ -14,7 +14,7 @@ import pytest
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DpoConfig, LoraConfig
 from dpo_jax.cli.config.loading import problems
-from dpo_jax.cli.trained import planned
+from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import plain_rows
 from dpo_jax.dpo import dpo_step
@@ -173,8 +173,8 @@ def test_bits_depend_on_seed_step_and_name_alone(tmp_path):
 
 def test_parameters_take_half_and_the_optimizers_state_stays():
     def state_of(section):
-        part = planned(Config(dpo=section), section, MODEL)
-        return jax.eval_shape(lambda: part.state(MODEL.init(jax.random.key(0)), tx=build.make_tx(section)))
+        trainable = planned_trainable(Config(dpo=section), section, MODEL)
+        return jax.eval_shape(lambda: trainable.state(MODEL.init(jax.random.key(0)), tx=build.make_tx(section)))
 
     half, whole = state_of(DpoConfig(param_dtype="bfloat16")), state_of(DpoConfig())
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731

@@ -14,7 +14,7 @@ import jax
 
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 from dpo_jax.data.encode import Bos, Truncation, cut_prompt, token_ids, with_bos
 from dpo_jax.data.label import LabelCounts, label
 from dpo_jax.data.pairs import DataReport, Preference, PreferenceSet
@@ -49,16 +49,16 @@ def sized(config: Config) -> Config:
 def make_world(
     config: Config, *, train: Count | None, test: Count, reward: Reward | None = None
 ) -> tuple[World, dict[str, str]]:
-    """The experiment world around the policy `dpo.policy`, and the digests of its weights (`Trained.load`).
+    """The experiment world around the policy `dpo.policy`, and the digests of its weights (`Trainable.load`).
 
     `reward` is the true reward; none: the result of `true_reward`.
     """
     section, path = config.frontier, config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-    part = trained(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
+    trainable = trainable_of(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
     # The head of a reward model or value function, which is placed on the mesh with the rest.
-    partitioner = part.partitioner(config, head=True)
+    partitioner = trainable.partitioner(config, head=True)
     learned = prompts_of(config, train, tokenizer) if train else Prompts([], [])
     judged = prompts_of(config, test, tokenizer)
     longest = max(map(len, [*learned.ids, *judged.ids]))
@@ -74,10 +74,10 @@ def make_world(
         )
     reward = reward or true_reward(config)
     second = second_reward(config)
-    reference, digests = part.load(path, partitioner, name="dpo.policy")
+    reference, digests = trainable.load(path, partitioner, name="dpo.policy")
     world = World(
         partitioner,
-        part.model,
+        trainable.model,
         tokenizer,
         stop_ids=build.stop_ids(tokenizer, path),
         reference=reference,
@@ -87,7 +87,7 @@ def make_world(
         max_new_tokens=section.max_new_tokens,
         batch=section.sample_batch,
         seed=config.run.seed,
-        begin=part.state,
+        begin=trainable.state,
         beside={SECOND: second} if second else {},
     )
     return world, digests

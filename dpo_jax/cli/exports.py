@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from dpo_jax.cli.card import with_digest
 from dpo_jax.cli.config import ConfigError
-from dpo_jax.cli.trained import Trained
+from dpo_jax.cli.trainable import Trainable
 from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import save_tokenizer
 from dpo_jax.models.adapter import write_adapter
@@ -36,20 +36,27 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float
 
 
 def writer(
-    part: Trained, write: Callable[..., tuple[Path, str]], *, source: str | None, dtype: str | None, digests: Mapping[str, str]
+    trainable: Trainable,
+    write: Callable[..., tuple[Path, str]],
+    *,
+    source: str | None,
+    dtype: str | None,
+    digests: Mapping[str, str],
 ) -> Callable[..., tuple[Path, str]]:
     """The write function (`write_model` or `write_exact`) for the trained part; an adapter is written in PEFT's format.
 
-    `source` is the starting model of training, `digests` those of its weights (`Trained.load`).
+    `source` is the starting model of training, `digests` those of its weights (`Trainable.load`).
     """
-    if part.lora is None:
+    if trainable.lora is None:
         options = {"source": source} if dtype is None and write is write_exact else {"source": source, "dtype": dtype}
         return functools.partial(write, **options)
 
     def write_adapter_folder(
         path: str | Path, model: Model, variables: Variables, tokenizer: Any, *, card: str | None = None
     ) -> tuple[Path, str]:
-        folder = write_lora(Path(path).expanduser(), part, variables, source=source, digests=digests, dtype=dtype or "float32")
+        folder = write_lora(
+            Path(path).expanduser(), trainable, variables, source=source, digests=digests, dtype=dtype or "float32"
+        )
         _write_beside(folder, tokenizer, card)
         return folder, dtype or "float32"
 
@@ -57,22 +64,28 @@ def writer(
 
 
 def write_lora(
-    path: Path, part: Trained, variables: Variables, *, source: str | None, digests: Mapping[str, str], dtype: str = "float32"
+    path: Path,
+    trainable: Trainable,
+    variables: Variables,
+    *,
+    source: str | None,
+    digests: Mapping[str, str],
+    dtype: str = "float32",
 ) -> Path:
     """Writes the adapter in `variables`. All hosts call this; the first one writes."""
-    assert part.lora is not None
+    assert trainable.lora is not None
     assert source is not None  # checked by `trained`
     check_name(path)
     try:
         return write_adapter(
             path,
-            part.base.config,
-            part.lora,
+            trainable.base.config,
+            trainable.lora,
             variables[LORA],
             base=adapter_base(resolve(source)) or source,
             source=model_folder(source),
             base_digest=digests["base"],
-            base_dtype=part.dtype,
+            base_dtype=trainable.dtype,
             dtype=DTYPES[dtype],
             fetch=hosts.whole,
             write=hosts.is_first(),
@@ -178,7 +191,7 @@ def write_outputs(
 ) -> None:
     """Writes the plots, the model card, and by `write` (of `export`) the model or adapter as a Hugging Face folder.
 
-    All hosts call it, with `variables` as returned by `Trained.written`.
+    All hosts call it, with `variables` as returned by `Trainable.written`.
     """
     text = card() if hosts.is_first() else None
     with reported("exporting the policy"):

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_jax.cli import build
 from dpo_jax.cli.exports import write_lora
-from dpo_jax.cli.trained import Trained
+from dpo_jax.cli.trainable import Trainable
 from dpo_jax.lab.world import World
 from dpo_jax.models.adapter import read_adapter, resumed
 from dpo_jax.models.digest import WeightsDigest
@@ -22,9 +22,9 @@ from dpo_jax.types import Variables
 
 
 class KeptPolicies(NamedTuple):
-    """Saves policies of `part` and reads them back, exactly. An adapter is not merged: in bfloat16 it would be rounded away."""
+    """Saves policies of `trainable` and reads them back, exactly. An adapter is not merged: bfloat16 would round it away."""
 
-    part: Trained
+    trainable: Trainable
     world: World
     source: str  # the folder of the policy that training started from
     digests: Mapping[str, str]  # of its weights
@@ -32,20 +32,20 @@ class KeptPolicies(NamedTuple):
 
     def save(self, folder: Path, variables: Variables) -> None:
         """Writes a policy, in the form of `get_state`. All hosts call this; the first one writes."""
-        if self.part.lora is None:
-            save_hf(folder, self.part.base, self.part.merged(variables), fetch=hosts.whole, write=hosts.is_first())
+        if self.trainable.lora is None:
+            save_hf(folder, self.trainable.base, self.trainable.merged(variables), fetch=hosts.whole, write=hosts.is_first())
         else:
-            write_lora(folder, self.part, variables, source=self.source, digests=self.digests)
+            write_lora(folder, self.trainable, variables, source=self.source, digests=self.digests)
 
     def load(self, folder: Path) -> tuple[Variables, str]:
         """A policy on the devices, and the digest of what was read: the whole model, or its adapter."""
-        base, partitioner = self.part.base, self.world.partitioner
+        base, partitioner = self.trainable.base, self.world.partitioner
         # Earlier versions kept the references of rounds as whole models, also of adapters.
-        if self.part.lora is None or not (folder / ADAPTER).is_file():
+        if self.trainable.lora is None or not (folder / ADAPTER).is_file():
             return build.load_weights(str(folder), base, partitioner, name=self.name)
         with build.naming_option(self.name, str(folder)):
             found, digest = read_adapter(folder, base.config), WeightsDigest()
             found.digest_into(digest)
             _, pieces = resumed(found, base.config)
-            adapter = assemble({LORA: adapter_shapes(base.config, self.part.lora)}, pieces, put=np.asarray)
+            adapter = assemble({LORA: adapter_shapes(base.config, self.trainable.lora)}, pieces, put=np.asarray)
         return partitioner.put_variables({**partitioner.to_host(self.world.reference), **adapter}), digest.hexdigest()

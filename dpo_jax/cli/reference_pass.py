@@ -11,7 +11,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, vision_of
-from dpo_jax.cli.trained import Trained
+from dpo_jax.cli.trainable import Trainable
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.prepare import EncodedSet
@@ -43,11 +43,13 @@ def check_reference(config: Config, model: Model, tokenizer: Any, vision: Vision
     check_same_encoder(config, vision, config.dpo.reference, name="dpo.reference")
 
 
-def load_reference(config: Config, part: Trained, partitioner: Partitioner) -> tuple[Variables, dict[str, str]]:
-    """The reference's weights on the devices, and their digests (`Trained.load`): the starting policy's, or the named one's."""
+def load_reference(config: Config, trainable: Trainable, partitioner: Partitioner) -> tuple[Variables, dict[str, str]]:
+    """The reference's weights on the devices and their digests (`Trainable.load`): the starting policy's or the named one's."""
     if config.dpo.reference is None:
-        return part.load(config.dpo_policy(), partitioner, name="dpo.policy")
-    variables, digest = build.load_weights(config.dpo.reference, part.base, partitioner, name="dpo.reference", dtype=part.dtype)
+        return trainable.load(config.dpo_policy(), partitioner, name="dpo.policy")
+    variables, digest = build.load_weights(
+        config.dpo.reference, trainable.base, partitioner, name="dpo.reference", dtype=trainable.dtype
+    )
     return variables, {"start": digest}
 
 

@@ -14,7 +14,7 @@ from dpo_jax.cli.announcement import announce
 from dpo_jax.cli.config import Config, DpoConfig, SftConfig
 from dpo_jax.cli.config.training import HIGHER
 from dpo_jax.cli.metrics_writers import metrics_writers
-from dpo_jax.cli.trained import Trained
+from dpo_jax.cli.trainable import Trainable
 from dpo_jax.cli.training_plan import TrainingPlan
 from dpo_jax.data.loader import train_batches
 from dpo_jax.runtime import hosts
@@ -35,7 +35,7 @@ def train(
     plan: TrainingPlan,
     *,
     step: Callable[..., Any],
-    part: Trained,
+    trainable: Trainable,
     variables: Variables,
     weights: Mapping[str, str],
     partitioner: Partitioner,
@@ -44,7 +44,7 @@ def train(
     check: Callable[[int, dict[str, float]], None] | None = None,
     refresh: RefreshedReference | None = None,
 ) -> TrainState:
-    """Trains `part` from `variables` (consumed) or from the newest good checkpoint. Returns the final state on the devices.
+    """Trains from `variables` (consumed) or from the newest good checkpoint. Returns the final state, on the devices.
 
     `step` is `dpo_step` or `sft_step` without optimizer, microbatches and axis. `weights` are digests of the starting weights
     (`start`, `base`, `reference`), which must be the same when a run continues.
@@ -52,14 +52,14 @@ def train(
     data, tx = plan.data, build.make_tx(section, steps=plan.steps, seed=config.run.seed)
     step = functools.partial(step, tx=tx, microbatches=section.microbatches, axis_name=partitioner.axis_name)
     lr = build.make_schedule(section, steps=plan.steps)
-    state = part.begin(partitioner, variables, tx)
+    state = trainable.begin(partitioner, variables, tx)
     announce(config, run, section, plan, state, partitioner)
     facts = {
         **identity.settings(config, section),
         **weights,
         **({} if data.vision is None else {"encoder": data.vision.digest}),
         "data": plan.digest,
-        "architecture": fingerprint.architecture(part.base),
+        "architecture": fingerprint.architecture(trainable.base),
         "behind": plan.behind,
     }
 

@@ -18,7 +18,7 @@ from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.dialogue_runs import REFERENCE, runs_of
 from dpo_jax.cli.starting_policy import make_reference, refuse_bfloat16
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 from dpo_jax.data.terminal import json_text
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.lab import report
@@ -73,19 +73,19 @@ def _world(config: Config) -> tuple[DialogueWorld, dict[str, str]]:
     path = config.dpo_policy()
     tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
     model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-    part = trained(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
-    partitioner = part.partitioner(config)
-    reference, digests = part.load(path, partitioner, name="dpo.policy")
+    trainable = trainable_of(config, dataclasses.replace(config.dpo, param_dtype="float32"), model, path)
+    partitioner = trainable.partitioner(config)
+    reference, digests = trainable.load(path, partitioner, name="dpo.policy")
     try:
         world = DialogueWorld(
             partitioner,
-            part.model,
+            trainable.model,
             tokenizer,
             reference=reference,
             batch=config.dialogue.sample_batch,
             test=config.dialogue.test,
             seed=config.run.seed,
-            begin=part.state,
+            begin=trainable.state,
         )
     except ValueError as error:
         raise ConfigError(f"dpo.policy: {path}: {error}") from error

@@ -19,7 +19,7 @@ from dpo_jax.cli.exports import write_model, write_outputs, writer
 from dpo_jax.cli.reference_pass import cache_identity, check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import train
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 from dpo_jax.cli.training_plan import TrainingData, plan_training
 from dpo_jax.cli.training_samples import sampler_of
 from dpo_jax.data.loader import eval_batches
@@ -43,19 +43,19 @@ def run(config: Config) -> int:
         check_repeats(config, pairs, held_out)
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy", images=vision is not None)
         check_reference(config, model, tokenizer, vision)
-        part = trained(config, section, model, config.dpo_policy())
+        trainable = trainable_of(config, section, model, config.dpo_policy())
         balancing = router_aux_loss(section, model)
-        partitioner = part.partitioner(config)
+        partitioner = trainable.partitioner(config)
         data = TrainingData(pairs, held_out, [pairs.report, held_out.report], vision=vision)
         # A run that does not fit is refused here, before the reference pass, which may take hours.
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
-        variables, digests = load_reference(config, part, partitioner)
+        variables, digests = load_reference(config, trainable, partitioner)
         reference = digests["start"]
         with identity.refusing_mismatch():
             check_weights(saved, reference=reference)
         ref_logps, held_out_ref = reference_values(
             config,
-            part.reader(variables),
+            trainable.reader(variables),
             variables,
             tokenizer,
             [pairs, held_out],
@@ -68,10 +68,10 @@ def run(config: Config) -> int:
             tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
         if section.reference:
             build.free(variables)
-            variables, digests = part.load(config.dpo_policy(), partitioner, name="dpo.policy")
+            variables, digests = trainable.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
-        policy_logps = partitioner.compile_map(functools.partial(completion_logps, part.model, ld_alpha=section.ld_alpha))
-        sample = sampler_of(config, run_dir, partitioner, part.model, tokenizer, held_out)
+        policy_logps = partitioner.compile_map(functools.partial(completion_logps, trainable.model, ld_alpha=section.ld_alpha))
+        sample = sampler_of(config, run_dir, partitioner, trainable.model, tokenizer, held_out)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             logps = held_out_logps(
@@ -94,7 +94,8 @@ def run(config: Config) -> int:
                 layout=build.row_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
                 batch=config.refs.batch,
                 part=partitioner.host_part,
-                identity=cache_identity(config, part.model, digests["start"], tokenizer, vision) | {"start": digests["start"]},
+                identity=cache_identity(config, trainable.model, digests["start"], tokenizer, vision)
+                | {"start": digests["start"]},
             )
         at_reference = functools.partial(
             starts_at_reference,
@@ -108,8 +109,10 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(dpo_step, model=part.model, loss=loss, ld_alpha=section.ld_alpha, router_aux_loss=balancing),
-            part=part,
+            step=functools.partial(
+                dpo_step, model=trainable.model, loss=loss, ld_alpha=section.ld_alpha, router_aux_loss=balancing
+            ),
+            trainable=trainable,
             variables=variables,
             weights={**digests, "reference": reference},
             partitioner=partitioner,
@@ -118,8 +121,8 @@ def run(config: Config) -> int:
             check=at_reference,
             refresh=refresh,
         )
-        write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
-        final = part.written(partitioner, state)
+        write = writer(trainable, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+        final = trainable.written(partitioner, state)
         card = functools.partial(dpo_card, config, run_dir, step=steps_of(state, partitioner))
         write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0

@@ -19,7 +19,7 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, load_c
 from dpo_jax.cli.exports import write_lora, write_model, writer
 from dpo_jax.cli.model_folders import checkpoints_to_export, refuse_foreign
 from dpo_jax.cli.train import early_stopping
-from dpo_jax.cli.trained import Trained, trained
+from dpo_jax.cli.trainable import Trainable, trainable_of
 from dpo_jax.models.checkpoint_stream import assemble
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest, files_digest
@@ -59,10 +59,10 @@ def run(config: Config) -> int:
     images = saved is not None and "encoder" in saved[1]["fingerprint"]
     model = make_model(decoder_config(hf, where=f"{start}/config.json", images=images))
     section = original.sft if task == "sft" else original.dpo
-    part, tx = trained(original, section, model, start), build.make_tx(section)
-    if config.export.merge and part.lora is None:
+    trainable, tx = trainable_of(original, section, model, start), build.make_tx(section)
+    if config.export.merge and trainable.lora is None:
         raise ConfigError(f"export.merge: {folder} trained no adapter, and its export is the whole model; leave it out")
-    abstract = jax.eval_shape(lambda: part.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
+    abstract = jax.eval_shape(lambda: trainable.state(model.init(jax.random.key(0)), tx=tx).replace(frozen={}))
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns that it will write nothing, which is intended
     run_dir = RunDir(folder, lock=False)
     best = None if saved is None else _best_step(section, run_dir, *saved)
@@ -78,13 +78,13 @@ def run(config: Config) -> int:
         if config.export.merge:
             name, variables, write = (
                 f"{name}-merged",
-                _merged(part, state, start, meta),
+                _merged(trainable, state, start, meta),
                 functools.partial(write_model, **options),
             )
             card = merged_card(card)
         else:
-            variables = _whole(part, state, start, meta)
-            write = writer(part, write_model, **options, digests=meta["fingerprint"])
+            variables = _whole(trainable, state, start, meta)
+            write = writer(trainable, write_model, **options, digests=meta["fingerprint"])
         out, written = write(config.export.out or folder / name, model, variables, tokenizer, card=card)
     print(f"step {step} of {folder} as {written} in {out}")
     if (name := config.export.push) is not None:
@@ -104,23 +104,23 @@ def _pushing() -> Iterator[None]:
         raise ConfigError(f"export.push: {error}") from error
 
 
-def _whole(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
+def _whole(trainable: Trainable, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
     """The weights to export from the trained ones in a checkpoint: frozen ones are added, except for an adapter."""
-    if part.chosen is None:
+    if trainable.chosen is None:
         return state.variables
     digest = WeightsDigest()
     assert start is not None  # a new model that is only partly trained is refused
-    base = assemble(variable_shapes(part.base), read_weights(start, part.base, digest=digest), put=np.asarray)
+    base = assemble(variable_shapes(trainable.base), read_weights(start, trainable.base, digest=digest), put=np.asarray)
     if digest.hexdigest() != (known := meta["fingerprint"]["start"]):
         raise ConfigError(f"{start} is not the model that training began with ({digest.hexdigest()[:12]}, not {known[:12]})")
-    return part.whole({**split(base, part.chosen), **state.params})
+    return trainable.whole({**split(base, trainable.chosen), **state.params})
 
 
-def _merged(part: Trained, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
+def _merged(trainable: Trainable, state: TrainState, start: str | None, meta: Mapping[str, Any]) -> Variables:
     """The whole model, on the host. Raises `ConfigError` if the base is not the one on which the adapter was trained."""
     with tempfile.TemporaryDirectory() as folder, build.naming_option("export.merge", str(start)):
-        write_lora(Path(folder), part, state.variables, source=start, digests=meta["fingerprint"])
-        return assemble(variable_shapes(part.base), read_weights(folder, part.base), put=np.asarray)
+        write_lora(Path(folder), trainable, state.variables, source=start, digests=meta["fingerprint"])
+        return assemble(variable_shapes(trainable.base), read_weights(folder, trainable.base), put=np.asarray)
 
 
 def _card_of(original: Config, run: RunDir, task: str, step: int, *, best: int | None) -> str:

@@ -32,7 +32,7 @@ from dpo_jax.cli.frontier_runs import MIX_AT, TO_MIX, loss_of, online_settings, 
 from dpo_jax.cli.kept_policies import KeptPolicies
 from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
 from dpo_jax.cli.starting_policy import make_reference, refuse_bfloat16
-from dpo_jax.cli.trained import planned
+from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.data.prepare import EncodedSet
 from dpo_jax.evals.frontier import Optimum
 from dpo_jax.evals.frontier_plot import plot_frontier
@@ -99,7 +99,7 @@ class _Study:
     ) -> None:
         self.config, self.world, self.run_dir, self.shared, self.digests = config, world, run_dir, shared, digests
         model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
-        self.part = planned(config, config.dpo, model)
+        self.trainable = planned_trainable(config, config.dpo, model)
         self._making = threading.Lock()
         self._methods: dict[str, PairMethod] = {}
         # Made at once, so that what is impossible is refused here, not in the middle of the sweep or after it.
@@ -124,7 +124,7 @@ class _Study:
 
     @functools.cached_property
     def kept(self) -> KeptPolicies:
-        return KeptPolicies(self.part, self.world, self.config.dpo_policy(), self.digests, "frontier")
+        return KeptPolicies(self.trainable, self.world, self.config.dpo_policy(), self.digests, "frontier")
 
     def _by_ppo(self, run: Run, folder: Path) -> tuple[Points, Variables]:
         assert self.ppo is not None

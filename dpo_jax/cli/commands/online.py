@@ -29,7 +29,7 @@ from dpo_jax.cli.metrics_writers import metrics_writers
 from dpo_jax.cli.online_labels import compare_of, label_settings
 from dpo_jax.cli.preflight.online import refuse_unfit
 from dpo_jax.cli.rewards import learned_reward
-from dpo_jax.cli.trained import Trained, planned
+from dpo_jax.cli.trainable import Trainable, planned_trainable
 from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
@@ -83,11 +83,11 @@ def run(config: Config) -> int:
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
         if hosts.is_first():
             write_json(run_dir.path / "result.json", {"points": [{"step": 0, **before}, *named]})
-        part = _part(config, world)
-        write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+        trainable = _trainable(config, world)
+        write = writer(trainable, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
         card = functools.partial(online_card, config, run_dir, step=steps_of(state, world.partitioner))
-        final = part.written(world.partitioner, state)
-        write_outputs(run_dir, part.base, final, world.tokenizer, card=card, write=write)
+        final = trainable.written(world.partitioner, state)
+        write_outputs(run_dir, trainable.base, final, world.tokenizer, card=card, write=write)
         print(f"{_words(before)} -> {_words(named[-1])}; {rounds.log.total(config.online.rounds):,} labels")
     return 0
 
@@ -116,9 +116,9 @@ def _words(point: Mapping[str, float]) -> str:
     return (f"reward {point['reward']:.2f} at " if "reward" in point else "") + f"KL {point['kl']:.2f} nats"
 
 
-def _part(config: Config, world: World) -> Trained:
+def _trainable(config: Config, world: World) -> Trainable:
     model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
-    return planned(config, config.dpo, model)
+    return planned_trainable(config, config.dpo, model)
 
 
 def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str], **labels: Any) -> Rounds:
@@ -142,7 +142,7 @@ def _rounds(config: Config, run: RunDir, world: World, digests: Mapping[str, str
         rounds=section.rounds,
         replay=section.replay,
     )
-    kept = KeptPolicies(_part(config, world), world, config.dpo_policy(), digests, "online.refresh_reference_rounds")
+    kept = KeptPolicies(_trainable(config, world), world, config.dpo_policy(), digests, "online.refresh_reference_rounds")
 
     def save(path: Path, variables: Variables) -> None:
         kept.save(path, world.partitioner.get_state(variables))

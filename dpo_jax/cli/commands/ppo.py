@@ -21,7 +21,7 @@ from dpo_jax.cli.frontier_runs import classifier_name
 from dpo_jax.cli.ppo_setup import first_kl_coef, ppo_method
 from dpo_jax.cli.rewards import learned_reward
 from dpo_jax.cli.starting_policy import refuse_bfloat16
-from dpo_jax.cli.trained import planned
+from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.lab.world import LEARNED, World
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
@@ -66,9 +66,9 @@ def run(config: Config) -> int:
             )
         with reported("exporting the policy"):
             model = build.policy_model(config, config.dpo_policy(), world.tokenizer, name="dpo.policy")
-            part = planned(config, config.dpo, model)
-            write = writer(part, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
-            folder, _ = write(run_dir.export, model, part.whole(variables), world.tokenizer)
+            trainable = planned_trainable(config, config.dpo, model)
+            write = writer(trainable, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
+            folder, _ = write(run_dir.export, model, trainable.whole(variables), world.tokenizer)
         if is_first():
             training_curves.plot_training(read_metrics(run_dir.metrics), run_dir.plots)
             write_json(run_dir.path / "result.json", {"points": [{"step": 0.0, **before}, *points]})

@@ -7,7 +7,7 @@ from dpo_jax.cli import build
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.reference_pass import check_reference, load_pairs, load_reference, reference_values
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 
 SIDES = {"pairs": ("chosen", "rejected"), "rankings": ("best", "worst"), "unpaired": ("completion", "mismatched ones")}
 
@@ -19,15 +19,15 @@ def run(config: Config) -> int:
         check_repeats(config, *both)
         model = build.policy_model(config, config.dpo_policy(), tokenizer, name="dpo.policy", images=vision is not None)
         check_reference(config, model, tokenizer, vision)
-        part = trained(config, config.dpo, model, config.dpo_policy())
-        partitioner = part.partitioner(config)
+        trainable = trainable_of(config, config.dpo, model, config.dpo_policy())
+        partitioner = trainable.partitioner(config)
         build.describe(run_dir, config, *(split.report for split in both))
         if vision is not None:
             vision.compute(config)
-        variables, digests = load_reference(config, part, partitioner)
+        variables, digests = load_reference(config, trainable, partitioner)
         values = reference_values(
             config,
-            part.reader(variables),
+            trainable.reader(variables),
             variables,
             tokenizer,
             both,

@@ -16,7 +16,7 @@ from dpo_jax.cli.config import Config, ConfigError, DpoConfig
 from dpo_jax.cli.earlier import earlier_run
 from dpo_jax.cli.exports import DTYPES
 from dpo_jax.cli.repeats import check_repeats
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.prepare import data_digest
 from dpo_jax.data.template import turn_end_token
@@ -36,14 +36,14 @@ def run(config: Config) -> int:
         earlier_run(config, "reward-model", training)
         tokenizer = build.tokenizer_of(config, model_path=path, name="dpo.policy")
         model = build.policy_model(config, path, tokenizer, name="dpo.policy")
-        part = trained(config, training, model, path)
-        partitioner = part.partitioner(config, head=True)
+        trainable = trainable_of(config, training, model, path)
+        partitioner = trainable.partitioner(config, head=True)
         pairs, test = (splits.encode_split(config, loaded, tokenizer) for loaded in splits.load_splits(config, tokenizer))
         check_repeats(config, pairs, test)
         _note_unread(config)
-        start, digests = part.load(path, partitioner, name="dpo.policy")
+        start, digests = trainable.load(path, partitioner, name="dpo.policy")
         print(f"{len(pairs):,} pairs for training and model selection, {len(test):,} for the final test", flush=True)
-        judge = RewardModel(partitioner, part.model)
+        judge = RewardModel(partitioner, trainable.model)
         learned, final = (_ended(config, one, tokenizer, limit=model.config.max_positions) for one in (pairs, test))
         with identity.refusing_mismatch():
             variables, validation = fit_reward_model(
@@ -59,11 +59,11 @@ def run(config: Config) -> int:
                 fingerprint={
                     **identity.settings_read(config, "reward-model"),
                     **digests,
-                    "architecture": architecture(part.base),
+                    "architecture": architecture(trainable.base),
                 },
                 data=identity.data_record(config, tokenizer, [pairs.report, test.report], held_out=data_digest(final)),
                 microbatches=training.microbatches,
-                make_state=part.state,
+                make_state=trainable.state,
                 saving=build.saving(config, "reward-model"),
                 begin=lambda: build.describe(run_dir, config, pairs.report, test.report),
             )
@@ -71,7 +71,7 @@ def run(config: Config) -> int:
         figures, margins = judged(rewards), rewards[:, 0] - rewards[:, 1]
         spread = accuracy(margins, [prompt_key(pair) for pair in test])
         low, high = spread["low"], spread["high"]
-        folder = _save(config, run_dir, model, part.merged(variables), tokenizer)
+        folder = _save(config, run_dir, model, trainable.merged(variables), tokenizer)
         found = {**figures, "accuracy_low": low, "accuracy_high": high, "pairs": len(test)}
         if is_first():
             save_tokenizer(tokenizer, folder)

@@ -17,7 +17,7 @@ from dpo_jax.cli.exports import write_exact, write_outputs, writer
 from dpo_jax.cli.images import encode_shown, vision_of
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import train
-from dpo_jax.cli.trained import trained
+from dpo_jax.cli.trainable import trainable_of
 from dpo_jax.cli.training_plan import TrainingData, plan_training
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import Cause, DataError, DataReport
@@ -37,15 +37,15 @@ def run(config: Config) -> int:
         data = (_plain_texts if config.data.source in splits.TEXT_SOURCES else _targets)(config, tokenizer)
         _check_texts(data)
         model = build.start_model(config, tokenizer, images=data.vision is not None)
-        part = trained(config, section, model, config.model.path)
-        partitioner, balancing = part.partitioner(config), router_aux_loss(section, model)
+        trainable = trainable_of(config, section, model, config.model.path)
+        partitioner, balancing = trainable.partitioner(config), router_aux_loss(section, model)
         plan = plan_training(config, section, data, tokenizer=tokenizer, partitioner=partitioner, saved=saved)
         if config.model.path is None:
             variables, start = build.start_weights(config, model, partitioner)
             digests = {"start": start}
         else:
-            variables, digests = part.load(config.model.path, partitioner, name="model.path")
-        score = partitioner.compile_map(functools.partial(sequence_logps, part.model))
+            variables, digests = trainable.load(config.model.path, partitioner, name="model.path")
+        score = partitioner.compile_map(functools.partial(sequence_logps, trainable.model))
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             total, tokens, count = 0.0, 0.0, len(data.held_out)
@@ -62,16 +62,18 @@ def run(config: Config) -> int:
             run_dir,
             section,
             plan,
-            step=functools.partial(sft_step, model=part.model, per_token=section.loss == "mean", router_aux_loss=balancing),
-            part=part,
+            step=functools.partial(
+                sft_step, model=trainable.model, per_token=section.loss == "mean", router_aux_loss=balancing
+            ),
+            trainable=trainable,
             variables=variables,
             weights=digests,
             partitioner=partitioner,
             evaluate=evaluate,
         )
         # DPO starts from exactly these weights.
-        write = writer(part, write_exact, source=config.model.path, dtype=None, digests=digests)
-        final = part.written(partitioner, state)
+        write = writer(trainable, write_exact, source=config.model.path, dtype=None, digests=digests)
+        final = trainable.written(partitioner, state)
         card = functools.partial(sft_card, config, run_dir, step=steps_of(state, partitioner))
         write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0

@@ -13,7 +13,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build
 from dpo_jax.cli.balancing import router_aux_loss
 from dpo_jax.cli.config import Config, ConfigError
-from dpo_jax.cli.trained import planned
+from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.data.encode import Encoded
 from dpo_jax.dpo import dpo_step
 from dpo_jax.models.attention_paths import path_name
@@ -72,11 +72,11 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         shards = row_shards(mesh)
         parts = build.batch_parts(section, shards, layout=config.data.layout)
         work = _work(config, flops, batch=section.batch, parts=parts, microbatches=section.microbatches)
-        part, tx = planned(config, section, model), build.make_tx(section)
-        flops = flops._replace(frozen=part.lora is not None)
+        trainable, tx = planned_trainable(config, section, model), build.make_tx(section)
+        flops = flops._replace(frozen=trainable.lora is not None)
         step = functools.partial(
             dpo_step,
-            model=part.model,
+            model=trainable.model,
             tx=tx,
             loss=build.make_loss(section),
             ld_alpha=section.ld_alpha,
@@ -86,12 +86,12 @@ def plan(config: Config, topology: str, *, refs: bool = False) -> Plan:
         where: dict[str, Any] = {"mesh": mesh, "chip": chip, "units": whole_heads(model.config)}
         where["host_devices"] = host_devices(topology)
         with reported(f"compiling the step for {topology}", brief=True), without_kept_programs():
-            program = plan_step(step, functools.partial(part.state, tx=tx), model=part.model, work=work, **where)
+            program = plan_step(step, functools.partial(trainable.state, tx=tx), model=trainable.model, work=work, **where)
         forward = None
         if refs:
             batch = _work(config, flops, batch=config.refs.batch, parts=shards, microbatches=1)
             with reported(f"compiling the reference pass for {topology}", brief=True), without_kept_programs():
-                forward = plan_map(functools.partial(reference_logps, model), model=part.stored(), work=batch, **where)
+                forward = plan_map(functools.partial(reference_logps, model), model=trainable.stored(), work=batch, **where)
     except MeshError as error:
         raise ConfigError(f"mesh: {error}") from error
     return Plan(

@@ -25,7 +25,7 @@ from dpo_jax.step import init_state
 from dpo_jax.types import Model, Partitioner, TrainState, Variables
 
 
-class Trained(NamedTuple):
+class Trainable(NamedTuple):
     """The trained part of a model. `model` reads the variables of a training state; `base` those of the whole model."""
 
     base: Model
@@ -103,7 +103,7 @@ class Trained(NamedTuple):
         return self.whole(variables) if self.lora is None else merge_adapter(variables, self.lora)
 
 
-def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
+def planned_trainable(config: Config, section: TrainingConfig, model: Model) -> Trainable:
     """The parameters of `model` that `section` trains, whatever they start from: no file is read. Raises `ConfigError`."""
     if section.trainable is not None:
         try:
@@ -112,36 +112,36 @@ def planned(config: Config, section: TrainingConfig, model: Model) -> Trained:
             raise ConfigError(f"{section.name}.trainable: {error}") from error
         # Layers separated from their stack are copied when the state is made.
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        return Trained(model, partial_model(model, chosen), chosen=chosen)
+        return Trainable(model, partial_model(model, chosen), chosen=chosen)
     if config.lora.rank is None:
-        return Trained(model, model, dtype=section.param_dtype)
+        return Trainable(model, model, dtype=section.param_dtype)
     options = config.lora
     try:
         lora = Lora(config.lora.rank, options.alpha, lora_targets(options.targets, model.config), options.rslora)
     except ValueError as error:
         raise ConfigError(f"lora.targets: {error}") from error
-    return Trained(model, lora_model(model, lora), config.run.seed, lora, dtype=options.base_dtype)
+    return Trainable(model, lora_model(model, lora), config.run.seed, lora, dtype=options.base_dtype)
 
 
-def trained(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trained:
+def trainable_of(config: Config, section: TrainingConfig, model: Model, path: str | None) -> Trainable:
     """The parameters of `model` that `section` trains, starting from the folder `path`. Raises `ConfigError`."""
-    part, options = planned(config, section, model), config.lora
-    if part.lora is None:
-        return part
+    trainable, options = planned_trainable(config, section, model), config.lora
+    if trainable.lora is None:
+        return trainable
     check_adapter(config, path)
     assert path is not None
     folder = resolve(path)
     if adapter_base(folder) is None:
-        return part
+        return trainable
     found, dtype = _adapter_of(folder, model, path=path)
-    if found != part.lora:
+    if found != trainable.lora:
         raise ConfigError(
-            f"lora: {path} is an adapter of {_words(found)}, but {_words(part.lora)} is requested. Give the section lora the "
-            "same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
+            f"lora: {path} is an adapter of {_words(found)}, but {_words(trainable.lora)} is requested. Give the section lora "
+            "the same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
         )
     if dtype != options.base_dtype:
         raise ConfigError(f"lora.base_dtype: {path} was trained on a base in {dtype}; set it to that")
-    return part._replace(adapter=True)
+    return trainable._replace(adapter=True)
 
 
 def _adapter_of(folder: Path, model: Model, *, path: str) -> tuple[Lora, str]:
