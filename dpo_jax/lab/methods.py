@@ -16,7 +16,7 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import eval_batches, plan_layout, skippable, total_steps, train_batches
 from dpo_jax.dpo import dpo_step
-from dpo_jax.lab.world import Points, Trainable, copy_of
+from dpo_jax.lab.world import Points, TrainingWorld, copy_of
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import Evaluation, fit
@@ -40,13 +40,13 @@ class PairData(NamedTuple):
         return total_steps(len(self.groups), batch=self.batch, epochs=epochs)
 
 
-def pair_data(world: Trainable, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
+def pair_data(world: TrainingWorld, pairs: Sequence[Encoded], *, batch: int, microbatches: int = 1) -> PairData:
     """`pairs` grouped by prompt, about `batch` of them a step, in whole prompts."""
     return grouped_data(world, group_pairs(pairs), batch=batch, microbatches=microbatches)
 
 
 def grouped_data(
-    world: Trainable, groups: Sequence[PairGroup], *, batch: int, microbatches: int = 1, largest: Sequence[PairGroup] = ()
+    world: TrainingWorld, groups: Sequence[PairGroup], *, batch: int, microbatches: int = 1, largest: Sequence[PairGroup] = ()
 ) -> PairData:
     """Pairs that are already grouped, about `batch` of them a step, in whole groups. Shapes also fit groups like `largest`."""
     several = max(1, round(batch * len(groups) / sum(len(group.pairs) for group in groups)))
@@ -56,7 +56,7 @@ def grouped_data(
     return in_layout(world, PairData(groups, np.zeros(0, np.float32), layout, several, microbatches), groups)
 
 
-def in_layout(world: Trainable, like: PairData, groups: Sequence[PairGroup]) -> PairData:
+def in_layout(world: TrainingWorld, like: PairData, groups: Sequence[PairGroup]) -> PairData:
     """`groups` with the reference's log-probabilities, in the shapes of `like`."""
     layout, several = like.layout, like.batch
     score = world.partitioner.compile_map(functools.partial(reference_logps, world.model))
@@ -81,7 +81,7 @@ class PairMethod:
     """
 
     def __init__(
-        self, world: Trainable, data: PairData, *, loss: Callable[..., Any], tx: optax.GradientTransformation, epochs: float
+        self, world: TrainingWorld, data: PairData, *, loss: Callable[..., Any], tx: optax.GradientTransformation, epochs: float
     ) -> None:
         self.world, self.data, self.tx, self.epochs = world, data, tx, epochs
         step = functools.partial(

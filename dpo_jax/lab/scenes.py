@@ -113,7 +113,7 @@ def image_of(scene: data.Scene) -> ImageFile:
 
 
 class ScenesWorld:
-    """The model, its reference (after SFT), and the data and measures of its policies. A `lab.world.Trainable`."""
+    """The model, its reference (after SFT), and the data and measures of its policies. A `lab.world.TrainingWorld`."""
 
     def __init__(self, sizes: Sizes, folder: Path, *, seed: int, fingerprint: Mapping[str, Any]) -> None:
         self.sizes, self.seed, self.partitioner, self.begin = sizes, seed, single_device(), init_state

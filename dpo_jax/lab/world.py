@@ -28,7 +28,7 @@ SECOND, LEARNED = "second_reward", "learned_reward"
 """Names in a point: the reward that no policy trains on, and the reward learned from the labeled pairs."""
 
 
-class Trainable(Protocol):
+class TrainingWorld(Protocol):
     """Interface of an experiment for methods that learn from pairs: `World`, or `dialogue.DialogueWorld` for several turns."""
 
     partitioner: Partitioner
