@@ -119,7 +119,7 @@ def fit(
     rows = StepLog(start, total_steps, log=log, progress=progress, check=check, evaluated=kept)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(0 if progress is None else progress.shapes)
 
-    def run_evaluation(done: int) -> Verdict:
+    def evaluate(done: int) -> Verdict:
         assert evaluation is not None
         rows.flush()
         with reported("evaluating", brief=True):
@@ -127,6 +127,17 @@ def fit(
         rows.add_evaluation(done, found)
         rows.restart_clock()
         return Verdict() if evaluation.watch is None else evaluation.watch(done, found)
+
+    def save(done: int, *, wait: bool) -> None:
+        rows.flush()
+        rows.sync()  # a checkpoint of step n guarantees that the rows of all steps before n are on disk
+        if checkpoints is not None:
+            with reported(f"saving step {done}"):
+                checkpoints.save(done, get_state(state), dict(meta or {}))
+                if wait:
+                    checkpoints.wait()
+        timer.restart()
+        rows.restart_clock()
 
     every = 0 if refresh is None else refresh_every
     with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps, refresh_every=every) as prefetcher:
@@ -139,7 +150,7 @@ def fit(
             agree(signals.received)  # with several hosts its result comes one call later, in `pause`
             pause(done)
 
-        if evaluates_first and (run_evaluation(start).stop or start == total_steps):
+        if evaluates_first and (evaluate(start).stop or start == total_steps):
             end(start)
             return state
         for index in range(start, total_steps):
@@ -155,19 +166,11 @@ def fit(
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
             stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
             if evaluation is not None and not stop and (last or _is_due(done, eval_every)):
-                verdict = run_evaluation(done)
+                verdict = evaluate(done)
                 last = last or verdict.stop
             refreshing = _is_due(done, every) and not (stop or last)
             if request or last or refreshing or verdict.save or _is_due(done, save_every):
-                rows.flush()
-                rows.sync()  # a checkpoint of step n guarantees that the rows of all steps before n are on disk
-                if checkpoints is not None:
-                    with reported(f"saving step {done}"):
-                        checkpoints.save(done, get_state(state), dict(meta or {}))
-                        if stop or last or refreshing:
-                            checkpoints.wait()
-                timer.restart()
-                rows.restart_clock()
+                save(done, wait=bool(stop or last or refreshing))
             if stop:
                 raise _stopped(stop, done, saved=checkpoints is not None)
             if last:

@@ -132,16 +132,10 @@ def train(
 
     The other arguments are those of `fit`.
     """
-    meta: dict[str, Any] = {"fingerprint": json_values(fingerprint, name="fingerprint")}
-    meta["data"] = json_values(data or {}, name="data")
-    meta["versions"] = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
+    if stopping is not None and evaluation is None:
+        raise ValueError("stopping needs evaluation, which measures the metric to stop on")
     partitioner, saving = partitioner or single_device(), saving or Saving()
-    if stopping is not None:
-        if evaluation is None:
-            raise ValueError("stopping needs evaluation, which measures the metric to stop on")
-        meta["early_stopping"] = stopping.record
-    if refresh is not None:
-        meta["reference"] = refresh.record
+    meta = _meta(fingerprint, data, stopping, refresh)
     with contextlib.ExitStack() as held:
         with hosts.first_goes_first("run directory"):  # other hosts must not write there before its check
             run = folder if isinstance(folder, RunDir) else held.enter_context(RunDir(folder, lock=hosts.is_first()))
@@ -158,10 +152,10 @@ def train(
             state = _at_its_reference(state, start, refresh, store, partitioner)
         log = held.enter_context(MetricsLog(run.metrics, writers=writers())) if hosts.is_first() else None
         if evaluation is not None:
-            other_data = is_other_data(saved, meta["data"], total_steps)
+            due = {"stopping": stopping, "log": log, "other_data": is_other_data(saved, meta["data"], total_steps)}
             evaluation = evaluation._replace(
                 measure=functools.partial(finite_evaluation, evaluation),
-                first=evaluates_first(start, total_steps, evaluation, stopping=stopping, log=log, other_data=other_data),
+                first=evaluates_first(start, total_steps, evaluation, **due),
                 watch=evaluation.watch if stopping is None else stopping.watching(store),
             )
         state = fit(
@@ -188,6 +182,17 @@ def train(
         elif evaluation is not None:
             evaluate_last(evaluation, state, total_steps, log=log)
     return state
+
+
+def _meta(
+    fingerprint: Mapping[str, Any], data: Mapping[str, Any] | None, stopping: EarlyStopping | None, refresh: Refresh | None
+) -> dict[str, Any]:
+    """What each checkpoint records of its run. The records of `stopping` and `refresh` change as it goes on."""
+    meta: dict[str, Any] = {"fingerprint": json_values(fingerprint, name="fingerprint")}
+    meta["data"] = json_values(data or {}, name="data")
+    meta["versions"] = {package: importlib.metadata.version(package) for package in ("jax", "flax", "optax")}
+    meta |= {} if stopping is None else {"early_stopping": stopping.record}
+    return meta | ({} if refresh is None else {"reference": refresh.record})
 
 
 def saved_run(checkpoints: str | os.PathLike[str], *, place: str) -> SavedRun | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,18 +20,19 @@ from dpo_jax.cli.reference_pass import cache_identity, check_reference, load_pai
 from dpo_jax.cli.repeats import check_repeats
 from dpo_jax.cli.train import train
 from dpo_jax.cli.trainable import trainable_of
-from dpo_jax.cli.training_plan import TrainingData, plan_training
+from dpo_jax.cli.training_plan import TrainingData, TrainingPlan, plan_training
 from dpo_jax.cli.training_samples import sampler_of
 from dpo_jax.data.loader import eval_batches
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.preference import held_out_logps, summary_by_source
 from dpo_jax.logps import completion_logps
 from dpo_jax.losses import whole_set_signals
+from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.training.fingerprint import check_weights
 from dpo_jax.training.refresh import RefreshedReference
 from dpo_jax.training.run import steps_of
 from dpo_jax.training.start_check import TOLERANCE, starts_at_reference
-from dpo_jax.types import TrainState
+from dpo_jax.types import Array, Partitioner, Rows, TrainState, Variables
 
 
 def run(config: Config) -> int:
@@ -53,16 +54,9 @@ def run(config: Config) -> int:
         reference = digests["start"]
         with identity.refusing_mismatch():
             check_weights(saved, reference=reference)
-        ref_logps, held_out_ref = reference_values(
-            config,
-            trainable.reader(variables),
-            variables,
-            tokenizer,
-            [pairs, held_out],
-            partitioner=partitioner,
-            weights=reference,
-            vision=vision,
-        )
+        known = {"partitioner": partitioner, "weights": reference, "vision": vision}
+        reader = trainable.reader(variables)
+        ref_logps, held_out_ref = reference_values(config, reader, variables, tokenizer, [pairs, held_out], **known)
         if saved is None:
             first = next(iter(eval_batches(pairs, layout=plan.layout, batch=section.batch, part=partitioner.host_part)))
             tell_switches(config, run_dir, model, variables, first.rows, partitioner=partitioner)
@@ -70,40 +64,21 @@ def run(config: Config) -> int:
             build.free(variables)
             variables, digests = trainable.load(config.dpo_policy(), partitioner, name="dpo.policy")
         loss = build.make_loss(section)
-        policy_logps = partitioner.compile_map(functools.partial(completion_logps, trainable.model, ld_alpha=section.ld_alpha))
+        logps = partitioner.compile_map(functools.partial(completion_logps, trainable.model, ld_alpha=section.ld_alpha))
         sample = sampler_of(config, run_dir, partitioner, trainable.model, tokenizer, held_out)
 
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
-            logps = held_out_logps(
-                lambda rows: policy_logps(state.variables, rows),
+            found = held_out_logps(
+                lambda rows: logps(state.variables, rows),
                 eval_batches(held_out, layout=plan.held_out_layout, batch=section.batch, part=partitioner.host_part),
                 pairs=len(held_out),
             )
-            return {**summary_by_source(held_out, logps, held_out_ref, loss=loss), **sample(state.variables, done)}
+            return {**summary_by_source(held_out, found, held_out_ref, loss=loss), **sample(state.variables, done)}
 
-        refresh = None
+        refresh, start = None, digests["start"]
         if section.refresh_reference_steps is not None:
-            refresh = RefreshedReference(
-                section.refresh_reference_steps,
-                pairs=pairs,
-                values=ref_logps,
-                total_steps=plan.steps,
-                read_by=functools.partial(plan.read_by, batch=section.batch, seed=config.run.seed),
-                score=policy_logps,
-                folder=run_dir.path / "references",
-                layout=build.row_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
-                batch=config.refs.batch,
-                part=partitioner.host_part,
-                identity=cache_identity(config, trainable.model, digests["start"], tokenizer, vision)
-                | {"start": digests["start"]},
-            )
-        at_reference = functools.partial(
-            starts_at_reference,
-            expected_loss=loss_at_reference(section, completions=len(pairs[0].completions)),
-            tolerance=TOLERANCE[config.run.precision],
-            first=digests["start"] == reference,
-            every=section.refresh_reference_steps or 0,
-        )
+            named = cache_identity(config, trainable.model, start, tokenizer, vision) | {"start": start}
+            refresh = _refresh(config, plan, partitioner, run_dir, values=ref_logps, score=logps, named=named)
         state = train(
             config,
             run_dir,
@@ -118,7 +93,13 @@ def run(config: Config) -> int:
             partitioner=partitioner,
             evaluate=evaluate,
             ref_logps=ref_logps if refresh is None else refresh.values,
-            check=at_reference,
+            check=functools.partial(
+                starts_at_reference,
+                expected_loss=loss_at_reference(section, completions=len(pairs[0].completions)),
+                tolerance=TOLERANCE[config.run.precision],
+                first=start == reference,
+                every=section.refresh_reference_steps or 0,
+            ),
             refresh=refresh,
         )
         write = writer(trainable, write_model, source=config.dpo_policy(), dtype=config.export.dtype, digests=digests)
@@ -126,6 +107,34 @@ def run(config: Config) -> int:
         card = functools.partial(dpo_card, config, run_dir, step=steps_of(state, partitioner))
         write_outputs(run_dir, model, final, tokenizer, card=card, write=write)
     return 0
+
+
+def _refresh(
+    config: Config,
+    plan: TrainingPlan,
+    partitioner: Partitioner,
+    run_dir: RunDir,
+    *,
+    values: np.ndarray,
+    score: Callable[[Variables, Rows], Array],
+    named: Mapping[str, Any],
+) -> RefreshedReference:
+    """The reference that becomes the policy every `dpo.refresh_reference_steps` steps. `values`: those of the first one."""
+    section, pairs = config.dpo, plan.data.train
+    assert section.refresh_reference_steps is not None
+    return RefreshedReference(
+        section.refresh_reference_steps,
+        pairs=pairs,
+        values=values,
+        total_steps=plan.steps,
+        read_by=functools.partial(plan.read_by, batch=section.batch, seed=config.run.seed),
+        score=score,
+        folder=run_dir.path / "references",
+        layout=build.row_layout(config, pairs, batch=config.refs.batch, parts=partitioner.row_shards),
+        batch=config.refs.batch,
+        part=partitioner.host_part,
+        identity=named,
+    )
 
 
 def loss_at_reference(section: DpoConfig, *, completions: int = 2) -> float | None:
