@@ -132,13 +132,30 @@ def parquet(*rows, **columns):
 
 
 def test_parquet_is_read_to_its_end_or_refused(tmp_path):
+    def said(loaded):
+        return [(pair.uid, pair.prompt, pair.chosen, pair.rejected) for pair in loaded]
+
+    file = tmp_path / "train.parquet"
     for format in ("trl", "stack_exchange"):
-        good, refused = parquet(*[ROWS[format]] * 3), 0
+        good, refused, kept = parquet(*[ROWS[format]] * 3), 0, 0
+        file.write_bytes(good)
+        whole = said(load_preferences(tmp_path, "train", format=format))
         for mutant in mutations(good, count=mutants(100)):
-            (tmp_path / "train.parquet").write_bytes(mutant)
-            read(tmp_path, format)
+            file.write_bytes(mutant)
+            if isinstance(loaded := read(tmp_path, format), PreferenceSet):
+                assert said(loaded) == whole
+                kept += mutant != good
             refused += isinstance(outcome(lambda: declared_rows(str(tmp_path), "train"), names="train.parquet"), Exception)
         assert refused > 10
+        assert kept
+
+
+def test_one_changed_letter_in_a_page_of_parquet_is_found(tmp_path):
+    good = parquet(ROWS["trl"])
+    (tmp_path / "train.parquet").write_bytes(changed := good.replace(b" blue.", b" blur.", 1))
+    assert changed != good
+    with pytest.raises(DataError, match=r"train\.parquet.*: bad_parquet: .*page integrity"):
+        load_preferences(tmp_path, "train")
 
 
 @pytest.mark.parametrize("format", ROWS)
