@@ -122,6 +122,23 @@ def test_gzip_is_read_to_its_end_or_refused(tmp_path):
     assert refused > 50
 
 
+def test_damaged_lines_mean_the_same_in_an_archive(tmp_path):
+    good, kept = lines(*[ROWS["trl"]] * 3), 0
+    for name in ("plain", "archive"):
+        (tmp_path / name).mkdir()
+    for mutant in mutations(good, count=mutants(40), seed=1):
+        (tmp_path / "plain/train.jsonl").write_bytes(mutant)
+        (tmp_path / "archive/train.jsonl.gz").write_bytes(gzip.compress(mutant, mtime=0))
+        plain, archive = (read(tmp_path / name, "trl") for name in ("plain", "archive"))
+        if isinstance(archive, PreferenceSet):
+            assert [vars(pair) | {"uid": pair.uid.replace(".jsonl:", ".jsonl.gz:")} for pair in plain] == list(map(vars, archive))
+            assert plain.report.dropped == archive.report.dropped
+            kept += mutant != good
+        else:
+            assert type(archive) is type(plain)
+    assert kept > 10
+
+
 def parquet(*rows, **columns):
     table = pa.Table.from_pylist(list(rows))
     for name, values in columns.items():
@@ -237,14 +254,17 @@ def test_absurd_counts_end_in_a_message(tmp_path):
 def test_snippets_are_read_as_they_stand_or_refused_with_their_line(tmp_path):
     good = "a fine film . \nnext\u2028line é\nsilly and tedious .\n".encode()
     (tmp_path / "rt-polarity.neg").write_bytes(b"bad .\n")
+    kept = 0
     for mutant in mutations(good, count=mutants(100)):
         (tmp_path / "rt-polarity.pos").write_bytes(mutant)
         found = outcome(lambda: load_snippets(tmp_path))
         if isinstance(found, list):
             said = [line.decode().strip() for line in mutant.removeprefix(b"\xef\xbb\xbf").split(b"\n")][: len(found) - 1]
             assert [snippet.text for snippet in found if snippet.label] == said
+            kept += mutant != good
         else:
             assert "rt-polarity.pos:" in str(found)
+    assert kept > 10
 
 
 def test_html_that_is_too_deep_is_a_bad_row(tmp_path):
@@ -287,4 +307,5 @@ def test_damaged_tfds_folders_are_refused_or_read_as_they_were_written(name, tfd
     finally:
         (tfds / name).write_bytes(good)
     assert refused > 10
+    assert kept
     assert list(read_tfds(tfds, "train")) == PAIRS
