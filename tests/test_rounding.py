@@ -22,7 +22,6 @@ from dpo_jax.losses import dpo_loss
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.products import take_rows
-from dpo_jax.reference import reference_logps
 from dpo_jax.rounding import round_to_bfloat16, stochastic_rounding
 from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import make_mesh
@@ -103,8 +102,7 @@ def test_training_in_bfloat16_follows_that_in_float32():
     pairs = [Encoded(*random.integers(1, 64, size=(3, 5)).astype(np.int32)) for _ in range(8)]
     model, tx = make_model(config), make_optimizer(1e-3)
     variables = jax.jit(model.init)(jax.random.key(0))
-    ref_logps = jax.jit(functools.partial(reference_logps, model))(variables, plain_rows(pairs, length=12))
-    rows = plain_rows(pairs, length=12, ref_logps=np.asarray(ref_logps))
+    rows = plain_rows(pairs, length=12, ref_logps=np.zeros((8, 2)))
 
     def losses(model, tx, params):
         step = jax.jit(functools.partial(dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1)))
