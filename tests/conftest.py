@@ -195,7 +195,7 @@ LONG = {
     ),
     "cli_runs": (
         "test_a_reward_model_has_the_wanted_type",
-        "test_a_sum_of_losses",
+        *("test_a_sum_of_losses", "test_a_run_in_bfloat16"),
         "test_several_temperatures",
         "test_a_run_in_steps_that_keeps",
     ),

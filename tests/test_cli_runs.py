@@ -298,6 +298,23 @@ def test_a_sum_of_losses_trains_is_evaluated_and_named_on_the_card(done, tmp_pat
     assert "ld_alpha: cached with None, now 0.5" in other.err
 
 
+@pytest.mark.parametrize("parameters", ["float32", "bfloat16"])
+def test_a_run_in_bfloat16_follows_that_in_float32(done, tmp_path, parameters):
+    flags = ("--run.dir", tmp_path, "--dpo.policy", done / "sft" / "export", "--run.precision", "bfloat16")
+    result = call("dpo", done.config, *flags, "--dpo.param-dtype", parameters)
+    assert result.code == 0, result
+    rows, exact = (read_metrics(run / "dpo" / "metrics.jsonl") for run in (tmp_path, done))
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-3)
+    for name in ("loss", "eval/loss"):
+        found, expected = ([row[name] for row in run if name in row] for run in (rows, exact))
+        assert found == pytest.approx(expected, abs=0.01)
+        assert found != expected
+    assert rows[-1]["eval/loss"] < np.log(2) - 0.01
+    record = json.loads((tmp_path / "dpo" / "checkpoints" / f"{STEPS}" / "record" / "metadata").read_text())
+    kinds = {leaf["dtype"] for name, leaf in record["leaves"].items() if name.startswith("params")}
+    assert kinds == {parameters}
+
+
 @pytest.mark.parametrize("keeping", [("--dpo.patience", 3), ("--dpo.keep-best",)], ids=["patience", "keep_best"])
 def test_a_run_in_steps_that_keeps_its_best(done, tmp_path, keeping):
     """The steps are those of epochs, which they outlast; what is exported is the policy of the best evaluation."""

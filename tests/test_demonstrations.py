@@ -172,15 +172,18 @@ def configured(folder, kind):
 
 
 def test_sft_trains_on_plain_texts(folder):
+    """By the mean over tokens: of a batch, and of all held-out texts."""
     config = configured(folder, "text")
     assert "train with dpo-jax sft" in " ".join(call("audit", config).out.split())
-    result = call("sft", config)
+    result = call("sft", config, "--sft.loss", "mean")
     assert result.code == 0, result
     train, held_out = map(int, re.search(r"(\d+) texts to train on, (\d+) held out", result.out).groups())
     assert (train + held_out, held_out > 3) == (30, True)  # divided by the texts, as there are no prompts
     assert "have a prompt of" not in result.out
     rows = read_metrics(folder / "run-text" / "sft" / "metrics.jsonl")
     assert rows[-1]["eval/loss"] < 0.8 * rows[0]["loss"]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["nll_per_token"], rel=1e-6)
+    assert rows[-1]["eval/loss"] == rows[-1]["eval/nll_per_token"]
     for command in ("dpo", "refs"):
         assert "texts for supervised fine-tuning" in refused(65, command, config, "--dpo.policy", folder / "model")
     assert "which have no prompts" in refused(2, "sample", config, "--sample.policy", folder / "model")

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from test_step import random_pairs
 
+from dpo_jax.data.encode import Encoded
 from dpo_jax.data.loader import eval_batches, plan_layout
 from dpo_jax.evals.intervals import mean_with_error, score_interval, wilson_interval
-from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, preference_summary
+from dpo_jax.evals.preference import NonFiniteLogps, held_out_logps, preference_summary, summary_by_source
 from dpo_jax.losses import dpo_loss, ipo_loss
 
 DPO = functools.partial(dpo_loss, beta=0.1)
@@ -147,3 +148,6 @@ def test_pairs_of_one_prompt_count_once_in_the_interval():
     assert once[ends[1]] - once[ends[0]] > 2 * (apart[ends[1]] - apart[ends[0]])
     distinct = preference_summary(logps, reference, loss=loss, prompts=[*range(240)])
     assert distinct == pytest.approx(apart)
+    # As training and `eval` call it, with the pairs themselves.
+    pairs = [Encoded(np.full(3, number, np.int32), *np.ones((2, 2), np.int32), uid=f"{number}") for number in range(40)]
+    assert summary_by_source([pair for pair in pairs for _ in range(6)], logps, reference, loss=loss) == pytest.approx(once)

@@ -45,7 +45,7 @@ def written(content):
 @pytest.mark.parametrize("by", [None, "temperature"])
 def test_a_damaged_file_is_refused_or_read_as_it_was_written(by, tmp_path, others):
     file = tmp_path / "a.jsonl"
-    refused = 0
+    refused = kept = 0
     for content in mutations(GOOD, count=mutants(80), seed=0 if by is None else 1):
         file.write_bytes(content)
         report = DataReport()
@@ -58,7 +58,9 @@ def test_a_damaged_file_is_refused_or_read_as_it_was_written(by, tmp_path, other
         assert len({one.where for one in found}) == len(found)
         used = outcome(lambda found=found: used_for_everything(found, others))
         assert used is None or isinstance(used, DataError)
-    assert refused
+        kept += content != GOOD
+    assert refused > 10
+    assert kept > 10
 
 
 def used_for_everything(completions, others):
@@ -73,12 +75,20 @@ def used_for_everything(completions, others):
 
 
 def test_a_damaged_archive_is_refused_or_read_as_it_was_written(tmp_path):
+    """Damaged itself, and of damaged lines."""
     file = tmp_path / "a.jsonl.gz"
-    for content in mutations(gzip.compress(GOOD, mtime=0), count=mutants(60)):
-        file.write_bytes(content)
-        found = outcome(lambda: read_completions(file), names="a.jsonl.gz")
-        if not isinstance(found, Exception):
-            assert [(one.prompt, one.text) for one in found] == written(gzip.decompress(content))
+    of_lines = [gzip.compress(lines, mtime=0) for lines in mutations(GOOD, count=mutants(60), seed=2)]
+    for archives in (mutations(gzip.compress(GOOD, mtime=0), count=mutants(60)), of_lines):
+        refused = kept = 0
+        for content in archives:
+            file.write_bytes(content)
+            found = outcome(lambda: read_completions(file), names="a.jsonl.gz")
+            refused += isinstance(found, Exception)
+            if not isinstance(found, Exception):
+                assert [(one.prompt, one.text) for one in found] == written(plain := gzip.decompress(content))
+                kept += archives is not of_lines or plain != GOOD
+        assert refused > 10
+        assert kept > 5
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
@@ -87,6 +97,7 @@ def test_a_damaged_file_of_prompts_is_refused_or_read_as_it_was_written(name, to
     good = (
         b'{"prompt": "Say \\u0000."}\n{"prompt": "na\xc3\xafve", "id": 7}\n' if name == "p.jsonl" else b"Hello.\nna\xc3\xafve\n"
     )
+    kept = 0
     for content in mutations(good, count=mutants(60)):
         file.write_bytes(content)
         found = outcome(lambda: prompts_of_file(str(file), tokenizer, chat=False), names=name)
@@ -94,6 +105,8 @@ def test_a_damaged_file_of_prompts_is_refused_or_read_as_it_was_written(name, to
             lines = [line.removesuffix("\r") for line in content.decode("utf-8-sig").split("\n")]
             lines = [line for line in lines if line.strip()]
             assert [one.text for one in found] == [json.loads(line)["prompt"] if name == "p.jsonl" else line for line in lines]
+            kept += content != good
+    assert kept > 5
 
 
 def test_what_is_no_file_of_completions_is_named(tmp_path):

@@ -122,6 +122,24 @@ def test_gzip_is_read_to_its_end_or_refused(tmp_path):
     assert refused > 50
 
 
+def test_damaged_lines_mean_the_same_in_an_archive(tmp_path):
+    good, kept = lines(*[ROWS["trl"]] * 3), 0
+    for name in ("plain", "archive"):
+        (tmp_path / name).mkdir()
+    for mutant in mutations(good, count=mutants(40), seed=1):
+        (tmp_path / "plain/train.jsonl").write_bytes(mutant)
+        (tmp_path / "archive/train.jsonl.gz").write_bytes(gzip.compress(mutant, mtime=0))
+        plain, archive = (read(tmp_path / name, "trl") for name in ("plain", "archive"))
+        if isinstance(archive, PreferenceSet):
+            assert [pair.uid.replace(".jsonl:", ".jsonl.gz:") for pair in plain] == [pair.uid for pair in archive]
+            assert [vars(pair) | {"uid": 0} for pair in plain] == [vars(pair) | {"uid": 0} for pair in archive]
+            assert plain.report.dropped == archive.report.dropped
+            kept += mutant != good
+        else:
+            assert type(archive) is type(plain)
+    assert kept > 10
+
+
 def parquet(*rows, **columns):
     table = pa.Table.from_pylist(list(rows))
     for name, values in columns.items():
@@ -132,13 +150,30 @@ def parquet(*rows, **columns):
 
 
 def test_parquet_is_read_to_its_end_or_refused(tmp_path):
+    def said(loaded):
+        return [(pair.uid, pair.prompt, pair.chosen, pair.rejected) for pair in loaded]
+
+    file = tmp_path / "train.parquet"
     for format in ("trl", "stack_exchange"):
-        good, refused = parquet(*[ROWS[format]] * 3), 0
+        good, refused, kept = parquet(*[ROWS[format]] * 3), 0, 0
+        file.write_bytes(good)
+        whole = said(load_preferences(tmp_path, "train", format=format))
         for mutant in mutations(good, count=mutants(100)):
-            (tmp_path / "train.parquet").write_bytes(mutant)
-            read(tmp_path, format)
+            file.write_bytes(mutant)
+            if isinstance(loaded := read(tmp_path, format), PreferenceSet):
+                assert said(loaded) == whole
+                kept += mutant != good
             refused += isinstance(outcome(lambda: declared_rows(str(tmp_path), "train"), names="train.parquet"), Exception)
         assert refused > 10
+        assert kept
+
+
+def test_one_changed_letter_in_a_page_of_parquet_is_found(tmp_path):
+    good = parquet(ROWS["trl"])
+    (tmp_path / "train.parquet").write_bytes(changed := good.replace(b" blue.", b" blur.", 1))
+    assert changed != good
+    with pytest.raises(DataError, match=r"train\.parquet.*: bad_parquet: .*page integrity"):
+        load_preferences(tmp_path, "train")
 
 
 @pytest.mark.parametrize("format", ROWS)
@@ -220,14 +255,17 @@ def test_absurd_counts_end_in_a_message(tmp_path):
 def test_snippets_are_read_as_they_stand_or_refused_with_their_line(tmp_path):
     good = "a fine film . \nnext\u2028line é\nsilly and tedious .\n".encode()
     (tmp_path / "rt-polarity.neg").write_bytes(b"bad .\n")
+    kept = 0
     for mutant in mutations(good, count=mutants(100)):
         (tmp_path / "rt-polarity.pos").write_bytes(mutant)
         found = outcome(lambda: load_snippets(tmp_path))
         if isinstance(found, list):
             said = [line.decode().strip() for line in mutant.removeprefix(b"\xef\xbb\xbf").split(b"\n")][: len(found) - 1]
             assert [snippet.text for snippet in found if snippet.label] == said
+            kept += mutant != good
         else:
             assert "rt-polarity.pos:" in str(found)
+    assert kept > 10
 
 
 def test_html_that_is_too_deep_is_a_bad_row(tmp_path):
@@ -270,4 +308,5 @@ def test_damaged_tfds_folders_are_refused_or_read_as_they_were_written(name, tfd
     finally:
         (tfds / name).write_bytes(good)
     assert refused > 10
+    assert kept
     assert list(read_tfds(tfds, "train")) == PAIRS

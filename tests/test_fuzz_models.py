@@ -1,6 +1,5 @@
 """Damaged and hostile folders of models and tokenizers are read as what they say, or refused by file, field and cause."""
 
-import contextlib
 import itertools
 import json
 import math
@@ -438,11 +437,16 @@ def test_a_template_may_raise_anything_and_is_named(template, told):
 def test_damaged_templates_render_as_themselves_or_are_refused(limits):
     limits.template_s = 1  # Jinja takes exponential time to compile a chain of filters
     template = "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
-    tokenizer = with_template(template)
+    tokenizer, refused, rendered = with_template(template), 0, 0
     for mutant in mutations(template.encode(), count=mutants(100)):
         tokenizer.chat_template = mutant.decode(errors="replace")
-        with contextlib.suppress(Refused, Unreadable):
+        try:
             assert render(tokenizer, ASKED) == tokenizer.apply_chat_template(ASKED, tokenize=False)
+            rendered += tokenizer.chat_template != template
+        except (Refused, Unreadable):
+            refused += 1
+    assert refused > 20
+    assert rendered > 5
 
 
 def test_timers_of_others_ring_and_are_not_ours():

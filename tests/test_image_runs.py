@@ -18,12 +18,15 @@ from tiny_run import _compilation_cache as _compilation_cache
 from tiny_run import _plots_once as _plots_once
 from tiny_run import bytes_of, call, refused
 
+from dpo_jax.cli.commands.sft import _targets
+from dpo_jax.cli.config import load_config as configured
 from dpo_jax.data.completion_files import read_completions
 from dpo_jax.data.hash_split import is_held_out
 from dpo_jax.data.image_prompts import ImageTokens, encode_images
 from dpo_jax.data.pairs import DataError
 from dpo_jax.data.prepare import encode_targets
 from dpo_jax.data.repeats import find_overlap
+from dpo_jax.data.segments import Completion
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.data.unpaired import mismatched, one_prompt
@@ -311,7 +314,14 @@ def test_sft_scores_whole_texts_but_no_tokens_of_images(made, tmp_path):
     result = call("sft", made / "images.yaml", "--run.dir", tmp_path, "--sft.scored", "all")
     assert result.code == 0, result
     rows = [row for row in read_metrics(tmp_path / "sft/metrics.jsonl") if not is_evaluation(row)]
-    assert np.isfinite([row["loss"] for row in rows]).all()
+    texts = _targets(configured(tmp_path / "sft/config.yaml"), load_tokenizer(made / "base")).train
+    shown = [0 if text.images is None else len(text.images.starts) for text in map(Completion.of, texts)]
+    assert (len(texts), sum(shown)) == (TRAIN, 16)
+    # Nothing predicts the first token, and nobody writes the 4 of an image.
+    whole = sum(len(text[0]) + len(text[1]) - 1 for text in texts) - 4 * sum(shown)
+    assert 8 * sum(row["tokens"] for row in rows) == pytest.approx(whole)
+    for row in (*rows, last_evaluation(tmp_path / "sft")):
+        assert np.isfinite([value for name, value in row.items() if "loss" in name]).all()
 
 
 @pytest.mark.parametrize("command", ["ppo", "online", "frontier", "label", "reward-model", "prepare"])

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from safetensors.numpy import load_file
-from tiny_run import call, refused
+from tiny_run import call, refused, with_weights
 
 from dpo_jax.cli import build
-from dpo_jax.cli.config import Config, MeshConfig, RunConfig
+from dpo_jax.cli.config import Config, LoraConfig, MeshConfig, RunConfig
+from dpo_jax.cli.exports import write_lora
 from dpo_jax.cli.trainable import planned_trainable
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import plain_rows
 from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer
 from dpo_jax.models.decoder import make_model
+from dpo_jax.models.digest import weights_digest
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.hf import load_hf, save_hf
+from dpo_jax.models.lora import LORA, new_adapter
 from dpo_jax.reward_model import HEAD, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.checkpoint import newest_meta
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
@@ -36,6 +39,7 @@ dpo: {{batch: 8, policy: {dir}/base, lr: 1.0e-2, warmup_steps: 0}}
 eval: {{batch: 16, samples: 2, max_new_tokens: 4}}
 sample: {{prompts: 1, max_new_tokens: 4, temperature: 0}}
 """
+FROZEN = "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"  # not of the last layer
 
 
 def base_model(folder, seed=0):
@@ -201,6 +205,20 @@ def test_a_reference_moves_to_base_and_adapter(done, tmp_path):
     assert (tmp_path / "run" / exported).read_bytes() == (tmp_path / "whole" / exported).read_bytes()
 
 
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 8 / 4), (True, 8 / 2)])
+def test_the_scale_of_the_configuration_reaches_the_adapter_and_its_files(rslora, scale, tmp_path):
+    base_model(tmp_path / "base")
+    model, base = load_hf(tmp_path / "base")
+    config = dataclasses.replace(Config(), lora=LoraConfig(rank=4, alpha=8, targets="attention", rslora=rslora))
+    part, digest = planned_trainable(config, config.dpo, model), weights_digest(base)
+    assert part.lora.scale == scale
+    adapter = jax.device_get(new_adapter(model.config, part.lora, jax.random.key(1)))
+    source = str(tmp_path / "base")
+    write_lora(tmp_path / "adapter", part, {**base, LORA: adapter}, source=source, digests={"base": digest})
+    settings = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert [settings[name] for name in ("r", "lora_alpha", "use_rslora")] == [4, 8, rslora]
+
+
 def test_only_the_last_layer_is_trained(done, tmp_path):
     flags = (done / "lora.yaml", "--lora.rank", "None", "--lora.alpha", 16, "--run.dir", tmp_path / "run")
     part = ("--dpo.trainable", "last_layer,final_norm.*")
@@ -224,6 +242,13 @@ def test_only_the_last_layer_is_trained(done, tmp_path):
     assert (tmp_path / "run/dpo/export/model.safetensors").read_bytes() == finished
     assert call("export", done / "lora.yaml", "--run.dir", tmp_path / "run", "--export.out", tmp_path / "again").code == 0
     assert (tmp_path / "again/model.safetensors").read_bytes() == finished
+    # A tensor that was not trained has changed in the folder that the run began with.
+    base = with_weights(done / "base", tmp_path / "base", lambda name, x: x + 1 if name == FROZEN else x)
+    written = tmp_path / "run/dpo/config.yaml"
+    written.write_text(written.read_text().replace(str(done / "base"), str(base)))
+    told = refused(2, "export", done / "lora.yaml", "--run.dir", tmp_path / "run", "--export.out", tmp_path / "other")
+    assert f"{base} is not the model that training began with" in told
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")  # layers that are cut off their stack are copied

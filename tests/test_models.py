@@ -21,6 +21,7 @@ from dpo_jax.models.attention import Rope, Scoring, VisibleKeys, attend, rotate
 from dpo_jax.models.decoder import _round_kernels, make_model
 from dpo_jax.models.families import FAMILIES, decoder_config, hf_config
 from dpo_jax.models.hf import load_config, load_hf
+from dpo_jax.models.layers import Norm
 from dpo_jax.training.fingerprint import architecture
 from dpo_jax.types import Rows
 
@@ -274,7 +275,25 @@ def test_bfloat16_compute_stays_close_and_keeps_float32_logits():
     model, variables, tokens, expected = golden("qwen3")
     logits = logits_of(make_model(model.config, dtype=jnp.bfloat16), variables, text_rows(tokens))
     assert logits.dtype == jnp.float32
-    assert np.abs(logits - expected).max() < 0.1
+    errors = np.abs(logits - expected)
+    assert np.sqrt(np.square(errors).mean()) < 0.010
+    assert errors.max() < 0.1
+
+
+@pytest.mark.parametrize("kind", ["layer", "rms", "rms_plus_one"])
+def test_a_norm_in_bfloat16_is_rounded_once(kind):
+    """Half a unit in the last place off the result in float64: its statistics and its scale are not rounded before."""
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(1.0, 3.0, size=(2, 3, 4096)), jnp.bfloat16)
+    weights = {name: random.normal(1.0, 0.3, 4096).astype(np.float32) for name in ("scale", "bias")[: 1 + (kind == "layer")]}
+    found = jax.jit(Norm(kind, 1e-5).apply)({"params": weights}, x)
+    assert found.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64)
+    exact = exact - (exact.mean(-1, keepdims=True) if kind == "layer" else 0)
+    exact = exact / np.sqrt(np.square(exact).mean(-1, keepdims=True) + 1e-5)
+    exact = exact * (weights["scale"].astype(np.float64) + (kind == "rms_plus_one")) + weights.get("bias", 0)
+    half = 2.0 ** (np.frexp(exact)[1] - 9)
+    assert (np.abs(np.asarray(found, np.float64) - exact) - 1.001 * half).max() < 2e-6
 
 
 def test_ids_and_positions_outside_their_tables_are_not_hidden():

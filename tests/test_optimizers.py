@@ -128,13 +128,15 @@ def test_weight_decay_is_of_matrices(name, embeddings):
             np.testing.assert_allclose(without[leaf] - after[leaf], RATE * 0.5 * params[leaf], rtol=1e-3, atol=1e-7)
 
 
+CHANGED = {"weight_decay": 0.3, "decay_embeddings": False, "b1": 0.5, "b2": 0.6, "eps": 0.1, "momentum": 0.3}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_that_is_read_changes_the_result_and_no_other_is_taken(name):
-    changed = {"weight_decay": 0.3, "decay_embeddings": False, "b1": 0.5, "b2": 0.6, "eps": 0.1, "momentum": 0.3}
-    assert changed.keys() == optimizer_table.OPTIONS.keys()
+    assert CHANGED.keys() == optimizer_table.OPTIONS.keys()
     base = {"weight_decay": 0.1} if name != "muon" else {}
     plain = updates_of(optim.make_optimizer(RATE, name=name, **base), 3)
-    for option, value in changed.items():
+    for option, value in CHANGED.items():
         if option in optimizer_table.OPTIMIZERS[name].options:
             other = updates_of(optim.make_optimizer(RATE, name=name, **{**base, option: value}), 3)
             assert any(not np.allclose(plain[leaf], other[leaf], rtol=1e-5) for leaf in plain), option
@@ -229,6 +231,24 @@ def test_warmup_as_a_share_of_the_run():
 
 
 # The configuration
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_of_the_configuration_reach_the_optimizer(name):
+    options = {option: CHANGED[option] for option in optimizer_table.OPTIMIZERS[name].options} | {"max_grad_norm": 0.5}
+    section = DpoConfig(optimizer=name, lr=RATE, warmup_steps=0, **options)
+    found, expected = (updates_of(tx, 2) for tx in (build.make_tx(section), optim.make_optimizer(RATE, name=name, **options)))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+
+
+def test_options_of_the_configuration_reach_the_schedule():
+    for name, options, last in (
+        ("cosine", {"min_lr_ratio": 0.25}, 0.25 + 0.75 * 0.5 * (1 + np.cos(np.pi * 7 / 8))),
+        ("wsd", {"min_lr_ratio": 0.2, "decay_ratio": 0.5}, 0.2 + 0.8 / 5),
+    ):
+        rate = build.make_schedule(DpoConfig(schedule=name, lr=2.0, warmup_steps=2, **options), steps=10)
+        assert float(rate(9)) == pytest.approx(2 * last), name
+
 
 REFUSED = [
     (

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax.data.encode import Encoded
 from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
-from dpo_jax.lab.reward_model import RewardModel, fit_reward_model
+from dpo_jax.lab.reward_model import HELD_OUT, RewardModel, fit_reward_model, judged
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reward_model import center_rewards, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
@@ -192,6 +192,22 @@ def test_rows_from_which_no_reward_can_be_read_are_refused(variables):
     texts = [(pair.prompt, pair.chosen) for pair in random_pairs(2, 0)]
     with pytest.raises(ValueError, match="2 rows with 2 examples are not plain rows of pairs"):
         reward_step(state, completion_rows(texts, length=LENGTH), model=MODEL, tx=optax.sgd(0.1))
+
+
+def test_the_best_evaluation_is_kept(tmp_path, variables):
+    """Preferences at random: what is learned of them makes the validation loss rise."""
+    judge, pairs = RewardModel(single_device(), BASE), random_pairs(24, 5)
+    options = {"make_tx": lambda steps: optax.sgd(0.3), "batch": 4, "epochs": 3, "evaluations": 4, "seed": 0}
+    start = {"params": jax.tree.map(jnp.copy, variables["params"])}
+    found, figures = fit_reward_model(judge, start, pairs, tmp_path, fingerprint={}, say=lambda line: None, **options)
+    losses = {row["step"]: row["eval/loss"] for row in read_metrics(tmp_path / "metrics.jsonl") if is_evaluation(row)}
+    best = min(losses, key=losses.get)
+    assert (len(losses), figures["step"]) == (4, best)
+    assert best < max(losses)
+    assert figures["loss"] == losses[best] < losses[max(losses)]
+    held_out = pairs[::HELD_OUT]
+    rewards = judge.of_pairs(judge.partitioner.put_variables(found), held_out, batch=4)
+    assert judged(rewards)["loss"] == pytest.approx(losses[best], abs=1e-6)
 
 
 def test_a_run_that_was_killed_continues_and_ends_with_the_same_bits(tmp_path, variables):

@@ -95,6 +95,31 @@ def test_float32_parameters_are_rounded_in_microbatches(family):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
 
 
+def test_training_in_bfloat16_follows_that_in_float32():
+    """Computed in it and with parameters in it. Whole runs: `test_cli_runs.py`."""
+    random, sizes = np.random.default_rng(0), {"vocab_size": 64, "width": 32, "layers": 1, "heads": 2, "max_positions": 32}
+    config = decoder_config(hf_config("llama", **sizes, eos_token_id=0))
+    pairs = [Encoded(*random.integers(1, 64, size=(3, 5)).astype(np.int32)) for _ in range(8)]
+    model, tx = make_model(config), make_optimizer(1e-3)
+    variables = jax.jit(model.init)(jax.random.key(0))
+    rows = plain_rows(pairs, length=12, ref_logps=np.zeros((8, 2)))
+
+    def losses(model, tx, params):
+        step = jax.jit(functools.partial(dpo_step, model=model, tx=tx, loss=functools.partial(dpo_loss, beta=0.1)))
+        state, found = init_state(params, tx), []
+        for _ in range(8):
+            state, metrics = step(state, rows)
+            found.append(float(metrics["loss"]))
+        return found
+
+    exact = losses(model, tx, variables)
+    half = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16), variables)
+    found = losses(make_model(config, dtype=jnp.bfloat16), stochastic_rounding(tx), half)
+    assert exact[-1] < 0.6 < exact[0]
+    assert found != exact
+    assert found == pytest.approx(exact, abs=0.004)
+
+
 def test_updates_too_small_for_bfloat16_add_up():
     """A hundred updates of a fortieth of the last place: all are lost when each is rounded to the nearest."""
     params, grads = {"w": jnp.ones(20_000, jnp.bfloat16)}, {"w": jnp.ones(20_000)}

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import dpo_jax
+from dpo_jax.cli import build
+from dpo_jax.cli.config import Config, RunConfig
 from dpo_jax.cli.exit_codes import exit_code
 from dpo_jax.data.encode import Encoded
 from dpo_jax.models.decoder import make_model
@@ -26,7 +28,7 @@ from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunLocked
 from dpo_jax.step import init_state
 from dpo_jax.training.fingerprint import RunMismatch
-from dpo_jax.training.run import train
+from dpo_jax.training.run import Saving, train
 
 PROGRAM = "".join(example.source for example in doctest.DocTestParser().get_examples(train.__doc__))
 STEPS = 12  # six pairs, two a step, four times
@@ -280,6 +282,19 @@ def test_an_empty_folder_of_a_step_is_no_run(tmp_path):
     """As a kill may leave it."""
     (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
     assert float(small(tmp_path / "run").params) == 3
+
+
+def test_the_configuration_says_when_to_save_and_what_to_keep(tmp_path):
+    of = lambda **options: build.saving(Config(run=RunConfig(**options)), "dpo")  # noqa: E731
+    options = {"save_every_steps": 3, "save_every_minutes": 2.5, "max_to_keep": 4}
+    assert of(**options) == Saving(3, 2.5, keep=4)
+    assert of(checkpoints="gs://bucket/run").folder == "gs://bucket/run/dpo"
+    for name, options, kept in (
+        ("steps", {"save_every_steps": 2, "max_to_keep": 1}, {"6"}),
+        ("minutes", {"save_every_minutes": 1e-9, "max_to_keep": 3}, {"4", "5", "6"}),
+    ):
+        small(tmp_path / name, 6, saving=of(**options))
+        assert {path.name for path in (tmp_path / name / "checkpoints").iterdir() if path.name.isdigit()} == kept
 
 
 def test_checkpoints_leave_out_what_is_frozen(tmp_path):
