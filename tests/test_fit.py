@@ -21,6 +21,7 @@ import pytest
 from dpo_jax.runtime import metrics as records
 from dpo_jax.runtime import parallel
 from dpo_jax.runtime.fit import EXIT_PREEMPTED, Evaluation, Interrupted, NonFinite, Preempted, Verdict, _Compilations, fit
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import Board
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.types import TrainState
@@ -342,6 +343,42 @@ def test_signal_during_the_last_evaluation_or_save_is_not_lost(during, agreement
     with pytest.raises(Preempted, match="after 2 steps; the state is saved"):
         fit(compiled, start(), stream, total_steps=2, checkpoints=memory, agree=agreement(), **options)
     assert list(memory.saved) == [2]
+
+
+@AGREEMENTS
+@pytest.mark.parametrize("first", [False, True])
+def test_a_signal_ends_an_evaluation_between_two_batches(tmp_path, first, agreement):
+    memory, measured = Memory(), []
+
+    def measure(state, done):
+        for batch in range(9):
+            measured.append(batch)
+            if batch == 1:
+                terminated()
+            pause()
+
+    state, options = (start(2, 3.0) if first else start()), {"total_steps": 4, "checkpoints": memory, "agree": agreement()}
+    with (
+        records.MetricsLog(tmp_path / "metrics.jsonl") as log,
+        pytest.raises(Preempted, match="after 2 steps; the state is saved"),
+    ):
+        fit(compiled, state, stream, evaluation=Evaluation(measure, every=2, first=first), log=log, **options)
+    assert len(measured) in (2, 3)
+    assert list(memory.saved) == ([] if first else [2])  # nothing new
+    assert not any(map(records.is_evaluation, records.read_metrics(log.path)))
+    pause()  # nothing surrounds it any more
+
+
+def test_a_save_that_is_due_at_an_evaluation_is_not_lost():
+    memory, minutes = Memory(), iter(range(0, 6000, 60))
+
+    def measure(state, done):
+        pause()  # tells all hosts of the save that the first one wants
+        return {}
+
+    options = {"save_every_minutes": 2.5, "clock": lambda: next(minutes), "agree": a_call_late()}
+    fit(compiled, start(), stream, total_steps=5, checkpoints=memory, evaluation=Evaluation(measure, every=1), **options)
+    assert sorted(memory.saved) == [3, 5]
 
 
 @AGREEMENTS

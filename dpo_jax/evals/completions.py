@@ -15,6 +15,7 @@ from dpo_jax.data.encode import PromptImages, image_bytes
 from dpo_jax.data.layout import Completion, completion_rows
 from dpo_jax.data.loader import image_shape_of, round_up
 from dpo_jax.data.tokenizer import decode_completion
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import reported
 from dpo_jax.sampling import Samples, generate, left_pad, left_pad_images
 from dpo_jax.types import Model, Partitioner, Variables
@@ -100,6 +101,7 @@ class Completer:
                 ids += [samples.tokens[row, : int(samples.lengths[row])] for row in range(count)]
                 logps.append(samples.logps[:count])
                 task.advance(count)
+                pause()
         texts = [
             decode_completion(self.tokenizer, prompt, row, stop_ids=self.stop_ids)
             for prompt, row in zip(prompts, ids, strict=True)
@@ -205,5 +207,6 @@ def map_completions(
             rows = completion_rows(mine, length=width, image_shape=image_shape)
             found.append(compiled(variables, rows))
             task.advance(len(here))
+            pause()
     back = np.argsort(order)
     return jax.tree.map(lambda *batches: np.concatenate(batches)[: len(every)][back], *found)

@@ -12,6 +12,7 @@ from dpo_jax.data.loader import Batch
 from dpo_jax.data.mixture import by_source
 from dpo_jax.evals.intervals import by_prompt, score_interval
 from dpo_jax.losses import label_accuracy, pair_accuracy, whole_set_signals
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import reported
 from dpo_jax.types import Array
 
@@ -38,6 +39,7 @@ def held_out_logps(logps: Callable[[Any], np.ndarray], batches: Iterable[Batch],
                 uid, shown = batch.uids[numbers[bad[0]] - batch.first], ", ".join(f"{value:g}" for value in values[bad[0]])
                 raise NonFiniteLogps(f"{uid}: the policy gives the log-probabilities {shown} (chosen, rejected)")
             task.advance(len(numbers))
+            pause()
     return result
 
 

@@ -31,6 +31,7 @@ from dpo_jax.models.tensors import SCORE
 from dpo_jax.reward_model import HEAD, center_rewards, completion_rewards, reward_step, scalar_head, with_scalar_head
 from dpo_jax.runtime.fit import Evaluation
 from dpo_jax.runtime.hosts import is_first
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.rundir import RunDir
 from dpo_jax.runtime.training_progress import Progress
 from dpo_jax.step import init_state
@@ -57,6 +58,7 @@ class RewardModel:
         for one in eval_batches(groups, layout=layout, batch=several, part=self.partitioner.host_part):
             numbers, scores = one.of_examples(self.score(variables, one.rows))
             rewards.reshape(-1, 2)[numbers] = scores
+            pause()
         found = np.empty((len(pairs), 2))
         for group, of_group in zip(groups, rewards, strict=True):
             found[group.members] = of_group[: len(group.members)]

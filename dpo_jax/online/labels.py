@@ -27,6 +27,7 @@ from dpo_jax.data.terminal import json_text
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.online.choices import shares_won
 from dpo_jax.runtime.hosts import from_first, is_first, run_on_first
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.shapes import check_shape
 from dpo_jax.training.fingerprint import check_settings
@@ -152,12 +153,12 @@ def scored(
     *,
     number: int,
     batch: int = 64,
-    pause: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Rewards of the K completions of each of N prompts: float64[N, K]. Labels already in `log` are not requested again.
 
-    About `batch` completions are scored at a time, and logged before the next. `pause()` is called in between, and may raise.
-    Several hosts all score them, because a learned reward may be sharded over their devices; the first host's scores count.
+    About `batch` completions are scored at a time, and logged before the next; in between a signal can interrupt it
+    (`runtime.pauses`). Several hosts all score them, because a learned reward may be sharded over their devices; the first
+    host's scores count.
     """
     keys = [(prompt, text) for prompt, its in zip(prompts, texts, strict=True) for text in its]
     todo = list(dict.fromkeys(key for key in keys if key not in log))

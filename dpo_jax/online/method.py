@@ -57,8 +57,8 @@ class OnlineMethod:
             keep(points[-1], state.variables)
             return points[-1]
 
-        def refresh(state: TrainState, done: int, pause: Callable[[], None]) -> None:
-            rounds.update(done, state.variables, f"step {done}", pause=pause)
+        def refresh(state: TrainState, done: int) -> None:
+            rounds.update(done, state.variables, f"step {done}")
 
         rounds.begin(world.reference)
         with hosts.metrics_log(folder / "metrics.jsonl") as metrics:

@@ -47,6 +47,7 @@ from dpo_jax.online.samples import ROW, Samples, encoded_pairs, read_samples, sa
 from dpo_jax.online.stage import Stage, read_stage
 from dpo_jax.runtime.checkpoint import CheckpointDamaged
 from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import SAY
 from dpo_jax.types import Variables
 from dpo_jax.writing import write_whole
@@ -147,18 +148,10 @@ class Rounds:
             return True
         return not self._stage(number, weights, say=lambda words: None).finished
 
-    def update(
-        self,
-        step: int,
-        variables: Variables,
-        weights: str,
-        *,
-        steps: Iterable[int] = (),
-        pause: Callable[[], None] = lambda: None,
-    ) -> None:
+    def update(self, step: int, variables: Variables, weights: str, *, steps: Iterable[int] = ()) -> None:
         """Makes or reads the round that begins with `step`. `variables` are the policy's, `weights` their digest.
 
-        `pause()` is called between batches of labels, and may raise. Raises `DataError` if no pair is left.
+        A signal can interrupt it between batches (`runtime.pauses`). Raises `DataError` if no pair is left.
         """
         number = step // self.every
         if self._refreshes(number):
@@ -166,7 +159,7 @@ class Rounds:
         stage = self._stage(number, weights, say=self._say)
         made = not stage.finished
         if made:
-            self._make(stage, number, variables, pause)
+            self._make(stage, number, variables)
         labeled = self._labeled(stage, number)
         self.record |= {"step": step, "weights": weights}
         policies = {**self.record.get("policies", {}), str(number): weights}
@@ -214,7 +207,7 @@ class Rounds:
             say=say,
         )
 
-    def _make(self, stage: Stage, number: int, variables: Variables, pause: Callable[[], None]) -> None:
+    def _make(self, stage: Stage, number: int, variables: Variables) -> None:
         options, world = self.options, self.world
         samples = self._samples(stage, number, variables)
         pause()
@@ -225,7 +218,7 @@ class Rounds:
         asked = samples.of(chosen)
         texts = asked.prompts.texts, asked.texts
         if self._reward is not None:
-            rewards = scored(*texts, self._reward, self.log, number=number, batch=world.batch, pause=pause)
+            rewards = scored(*texts, self._reward, self.log, number=number, batch=world.batch)
         else:
             assert self._compare is not None
             rewards = compared(*texts, self._compare, self.log, number=number)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from dpo_jax.runtime.metrics import MetricsLog
+from dpo_jax.runtime.pauses import pausing
 from dpo_jax.runtime.prefetch import Prefetcher
 from dpo_jax.runtime.progress import reported
 from dpo_jax.runtime.signals import StopSignals
@@ -77,7 +78,7 @@ def fit(
     evaluation: Evaluation | None = None,
     save_every: int = 0,
     save_every_minutes: float = 0.0,
-    refresh: Callable[[Any, int, Callable[[], None]], None] | None = None,
+    refresh: Callable[[Any, int], None] | None = None,
     refresh_every: int = 0,
     check: Callable[[int, dict[str, float]], None] | None = None,
     get_state: Callable[[Any], Any] = lambda tree: tree,
@@ -100,14 +101,15 @@ def fit(
       progress: the display, with the number of batch shapes, each of which is compiled once.
       evaluation: its `first` measures the given state, whose measurement a signal may have prevented; its `watch` decides
         whether to save and whether to end the run.
-      refresh: `refresh(state, steps taken, pause)`, called after every `refresh_every` steps once the state is saved, changes
-        what `stream` reads; not called after the last step. It calls `pause()` regularly, which raises `Preempted` after a
-        signal.
+      refresh: `refresh(state, steps taken)`, called after every `refresh_every` steps once the state is saved, changes what
+        `stream` reads; not called after the last step.
       check: `check(step, metrics)` may raise to stop the run, for instance when the loss of step 0 is not ln 2.
       get_state: converts the state from the form used by `step` to the form saved; `Partitioner.get_state` if they differ.
       agree: `hosts.agreement()`, if several hosts must save or stop after the same step.
 
-    The metrics of a step are read while the device computes the next one, and always before anything is saved.
+    The metrics of a step are read while the device computes the next one, and always before anything is saved. `evaluation`
+    and `refresh` should call `pauses.pause` regularly: a signal then ends them there. An evaluation that was interrupted is not
+    logged; the state is saved without it.
 
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluation raise.
     """
@@ -119,14 +121,26 @@ def fit(
     rows = StepLog(start, total_steps, log=log, progress=progress, check=check, evaluated=kept)
     timer, compilations = _SaveTimer(save_every_minutes, clock), _Compilations(0 if progress is None else progress.shapes)
 
-    def evaluate(done: int) -> Verdict:
+    def evaluate(done: int) -> tuple[Verdict, int]:
+        """The decision after an evaluation, and 0; or the number of the signal that interrupted it."""
         assert evaluation is not None
         rows.flush()
-        with reported("evaluating", brief=True):
-            found = evaluation.measure(state, done)
+        requests = []
+
+        def pause() -> None:
+            requests.append(agree(signals.received))
+            if number := _signal_of(requests[-1]):
+                raise _Interrupted(number)
+
+        try:
+            with reported("evaluating", brief=True), pausing(pause):
+                found = evaluation.measure(state, done)
+        except _Interrupted as interrupted:
+            return Verdict(), interrupted.number
         rows.add_evaluation(done, found)
         rows.restart_clock()
-        return Verdict() if evaluation.watch is None else evaluation.watch(done, found)
+        verdict = Verdict() if evaluation.watch is None else evaluation.watch(done, found)
+        return verdict._replace(save=verdict.save or SAVE in requests), 0
 
     def save(done: int, *, wait: bool) -> None:
         rows.flush()
@@ -142,17 +156,21 @@ def fit(
     every = 0 if refresh is None else refresh_every
     with rows, StopSignals() as signals, Prefetcher(stream, start, total_steps, refresh_every=every) as prefetcher:
 
-        def pause(done: int) -> None:
+        def leave_if_told(done: int) -> None:
             if number := _signal_of(agree(signals.received)):
                 raise _stopped(number, done, saved=checkpoints is not None)
 
         def end(done: int) -> None:
-            agree(signals.received)  # with several hosts its result comes one call later, in `pause`
-            pause(done)
+            agree(signals.received)  # with several hosts its result comes one call later
+            leave_if_told(done)
 
-        if evaluates_first and (evaluate(start).stop or start == total_steps):
-            end(start)
-            return state
+        if evaluates_first:
+            verdict, interrupted = evaluate(start)
+            if interrupted:
+                raise _stopped(interrupted, start, saved=checkpoints is not None)
+            if verdict.stop or start == total_steps:
+                end(start)
+                return state
         for index in range(start, total_steps):
             batch = _parts(prefetcher.get(index))
             with compilations.named(batch.inputs):
@@ -166,10 +184,10 @@ def fit(
             request = agree(signals.received or timer.request())  # 0, SAVE, or the number of a signal
             stop, last, verdict = _signal_of(request), done == total_steps, Verdict()
             if evaluation is not None and not stop and (last or _is_due(done, eval_every)):
-                verdict = evaluate(done)
+                verdict, stop = evaluate(done)
                 last = last or verdict.stop
             refreshing = _is_due(done, every) and not (stop or last)
-            if request or last or refreshing or verdict.save or _is_due(done, save_every):
+            if request or stop or last or refreshing or verdict.save or _is_due(done, save_every):
                 save(done, wait=bool(stop or last or refreshing))
             if stop:
                 raise _stopped(stop, done, saved=checkpoints is not None)
@@ -177,10 +195,19 @@ def fit(
                 end(done)  # a signal may have come during the last evaluation or save
                 break
             if refresh is not None and refreshing:
-                refresh(state, done, functools.partial(pause, done))
+                with pausing(functools.partial(leave_if_told, done)):
+                    refresh(state, done)
                 timer.restart()
                 rows.restart_clock()
     return state
+
+
+class _Interrupted(Exception):
+    """An evaluation ends here, because of the signal `number`."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class _Parts(NamedTuple):

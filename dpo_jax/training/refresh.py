@@ -22,6 +22,7 @@ from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import few_shapes, make_batch, round_up
 from dpo_jax.reference import ReferenceCache, pair_key
 from dpo_jax.runtime.hosts import from_first, is_first
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import SAY, reported
 from dpo_jax.types import Array, Rows, Variables
 
@@ -38,9 +39,7 @@ class Refresh(Protocol):
     def origin(self, done: int) -> int: ...
     def resume(self, record: Mapping[str, Any]) -> None: ...
     def lacks(self, step: int, weights: str) -> bool: ...
-    def update(
-        self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = ...
-    ) -> None: ...
+    def update(self, step: int, variables: Variables, weights: str, *, steps: Iterable[int]) -> None: ...
 
 
 class RefreshedReference:
@@ -93,13 +92,11 @@ class RefreshedReference:
         """Whether the weights of `step`, with digest `weights`, are needed to complete its log-probabilities."""
         return bool(self._lacking(self._open(step, weights), self._to_compute(step)).any())
 
-    def update(
-        self, step: int, variables: Variables, weights: str, *, steps: Iterable[int], pause: Callable[[], None] = lambda: None
-    ) -> None:
+    def update(self, step: int, variables: Variables, weights: str, *, steps: Iterable[int]) -> None:
         """Makes the policy of `step` the reference. `variables` are used only if the cache is incomplete.
 
-        `weights` is their digest. The caches of `steps`, at which a run may be resumed, are kept. `pause()` is called after
-        each batch and may raise.
+        `weights` is their digest. The caches of `steps`, at which a run may be resumed, are kept. A signal can interrupt
+        it after each batch (`runtime.pauses`).
         """
         distinct, store = self._to_compute(step), self._open(step, weights)
         for what in store.damage if store is not None else ():

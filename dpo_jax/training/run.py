@@ -308,8 +308,8 @@ def _at_its_reference(state: Any, done: int, refresh: Refresh, store: Checkpoint
     return _in_place_of(state, again[0], partitioner)
 
 
-def _refresh(refresh: Refresh, store: Checkpoints, state: Any, done: int, pause: Callable[[], None]) -> None:
-    refresh.update(done, state.variables, _weights_of(store, done), steps=store.steps(), pause=pause)
+def _refresh(refresh: Refresh, store: Checkpoints, state: Any, done: int) -> None:
+    refresh.update(done, state.variables, _weights_of(store, done), steps=store.steps())
 
 
 def _weights_of(store: Checkpoints, step: int) -> str:

@@ -23,6 +23,7 @@ from dpo_jax.data.loader import eval_batches
 from dpo_jax.data.pairs import Cause, DataError, DataReport
 from dpo_jax.data.prepare import encode_targets
 from dpo_jax.logps import sequence_logps
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.progress import reported
 from dpo_jax.sft import sft_step
 from dpo_jax.training.run import steps_of
@@ -55,6 +56,7 @@ def run(config: Config) -> int:
                     total -= float(np.sum(batch.of_examples(score(state.variables, batch.rows))[1]))
                     tokens += batch.stats["scored_tokens"]
                     task.advance(int(batch.stats["texts"]))
+                    pause()
             return {"loss": total / (tokens if section.loss == "mean" else count), "nll_per_token": total / tokens}
 
         state = train(
