@@ -23,9 +23,11 @@ from tiny_run import done as done
 from dpo_jax.cli import build
 from dpo_jax.cli.config import Config, DataConfig, load_config
 from dpo_jax.data.loader import train_batches
+from dpo_jax.evals import preference
 from dpo_jax.reference import RECORD
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import split_rows
+from dpo_jax.runtime.pauses import pause
 from dpo_jax.runtime.rundir import RunDir
 
 
@@ -45,19 +47,26 @@ def test_a_finished_run_takes_no_further_step(copy):
 
 # When one of several reads fails, the callbacks of the others find orbax's event loop closed, and Python prints that: noise.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("how", ["killed", "damaged"])
-def test_a_run_resumed_from_the_middle_equals_the_uninterrupted_one(done, copy, how):
+@pytest.mark.parametrize("how", ["killed", "damaged", "evaluating"])
+def test_a_run_resumed_from_the_middle_equals_the_uninterrupted_one(done, copy, how, monkeypatch):
     newest = copy / "dpo" / "checkpoints" / "8"
     shutil.rmtree(copy / "dpo" / "export")
-    if how == "killed":
+    if how != "damaged":
         shutil.rmtree(newest)
     else:
         biggest = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
         content = bytearray(biggest.read_bytes())
         content[len(content) // 2] ^= 1
         biggest.write_bytes(content)
+    begin = 6
+    if how == "evaluating":  # a signal ends the last evaluation after its first batch
+        with monkeypatch.context() as patched:
+            patched.setattr(preference, "pause", lambda: (os.kill(os.getpid(), signal.SIGTERM), pause()))
+            stopped = call("dpo", copy.config)
+        assert (stopped.code, "stopped by SIGTERM after 8 steps; the state is saved" in stopped.err) == (143, True)
+        begin = 8  # of 8: only the evaluation is left
     result = call("dpo", copy.config)
-    assert (result.code, f"continuing {copy / 'dpo'} after 6 steps" in result.out) == (0, True)
+    assert (result.code, f"continuing {copy / 'dpo'} after {begin} steps" in result.out) == (0, True)
     assert (copy / "dpo" / "checkpoints" / "quarantine").is_dir() == (how == "damaged")
     assert [json.loads(line)["step"] for line in (copy / "dpo" / "resumes.jsonl").read_text().splitlines()] == [6]
     assert bytes_of(copy / "dpo" / "export") == bytes_of(done / "dpo" / "export")
