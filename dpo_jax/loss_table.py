@@ -9,12 +9,25 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.option import Option
+from dpo_jax.own_loss import find, is_own
 
 RowKind = Literal["pairs", "unpaired", "rankings"]
 """The kind of example a loss takes: two completions, a single one that is desirable or not, or K completions, best first."""
+
+
+SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
+"""Inputs that `dpo_step` supplies from the batch to a loss with a keyword of that name:
+
+    lengths        float32[P, K]  scored tokens of each completion; 0 in padding examples
+    mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
+    weight         float32[P]     1, and 0 for padding examples
+    aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
+    desirable      float32[P]     1 or 0: the label of a single completion, in `Rows.extras` (KTO)
+"""
 
 
 class Loss(NamedTuple):
@@ -44,7 +57,7 @@ class Term(NamedTuple):
 
     @property
     def loss(self) -> Loss:
-        return LOSSES[self.name]
+        return LOSSES[self.name] if self.name in LOSSES else own_loss(self.name)
 
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -211,7 +224,8 @@ def _of(option: str) -> str:
 
 
 HELP: Mapping[str, str] = {
-    "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft. ipo is the "
+    "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft; or FILE.py:FUNCTION, a loss of "
+    "your own (dpo_jax/losses/README.md). ipo is the "
     "paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labeled single completions, plackett_luce "
     "reads rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
@@ -229,11 +243,14 @@ def terms(text: str) -> list[Term]:
     for part in text.split("+"):
         weight, star, name = part.rpartition("*")
         name = name.strip()
-        if name not in LOSSES:
+        if name not in LOSSES and is_own(name):
+            own_loss(name)
+        elif name not in LOSSES:
             close = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.6)
             hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ValueError(
-                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, got the text {name!r}{hint}"
+                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, or FILE.py:FUNCTION of your own, "
+                f"got the text {name!r}{hint}"
             )
         try:
             value = float(weight) if star else 1.0
@@ -243,6 +260,37 @@ def terms(text: str) -> list[Term]:
             raise ValueError(f"the weight of {name} must be a number above 0, as in dpo + 0.1*sft, got {weight.strip()!r}")
         found.append(Term(value, name))
     return found
+
+
+def own_loss(name: str) -> Loss:
+    """The loss `FILE.py:FUNCTION`, described by its arguments. ValueError if there is none, or if it has others.
+
+    Arguments that are named like options get their values. With `desirable` it takes single completions, and with `weight` it
+    looks at the whole batch.
+    """
+    found = find(name)
+    named = {*found.required, *found.optional}
+    if other := [argument for argument in found.required if argument not in OPTIONS and argument not in SIGNALS]:
+        raise ValueError(
+            f"{name}: {', '.join(other)}: neither an option ({', '.join(OPTIONS)}) nor an input that the step has "
+            f"({', '.join(SIGNALS)}); give it a default"
+        )
+    return Loss(
+        name,
+        tuple(option for option in OPTIONS if option in named),
+        f"`{found.function}`, a function of its authors' own",
+        "",
+        whole_batch="weight" in found.required,
+        rows="unpaired" if "desirable" in found.required else "pairs",
+    )
+
+
+def own_files(text: str) -> list[Path]:
+    """The files of the losses of your own in a text; none for an invalid text."""
+    try:
+        return [find(term.name).file for term in terms(text) if is_own(term.name)]
+    except ValueError:
+        return []
 
 
 def reads(text: str) -> set[str]:

@@ -18,7 +18,7 @@ def name_of(path):
 # First match wins. Modules of one floor may import each other, as far as Python itself allows.
 FLOORS = [
     (1, ["types.py", "extras.py", "untrusted.py", "shapes.py", "writing.py", "locks.py"]),
-    (1, ["loss_table.py", "optimizer_table.py", "option.py"]),
+    (1, ["loss_table.py", "own_loss.py", "optimizer_table.py", "option.py"]),
     (2, ["losses/", "head.py", "logps.py", "routing.py", "step.py", "microbatches.py", "whole_batch.py", "rounding.py"]),
     (2, ["sampling/", "models/", "data/"]),
     (3, ["diffusion/", "dpo.py", "cpl.py", "sft.py", "reward_model.py", "ppo.py", "reference.py", "dataset_logps.py"]),
@@ -75,6 +75,7 @@ LIGHT = [
         "shapes.py",
         "writing.py",
         "loss_table.py",
+        "own_loss.py",
         "optimizer_table.py",
         "option.py",
     ),

@@ -11,8 +11,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from dpo_jax import loss_table
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, SftConfig, dump_config
 from dpo_jax.cli.fixed import date_of, keep, pin_revisions
 from dpo_jax.cli.model_folders import check_fit, planned_hf_config, remedy, sized_hf_config
@@ -25,7 +27,7 @@ from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
-from dpo_jax.losses import PreferenceLoss, named_loss
+from dpo_jax.losses import PreferenceLoss, named_loss, required_inputs
 from dpo_jax.models.attention_paths import attention_path, path_name
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.digest import WeightsDigest
@@ -34,6 +36,7 @@ from dpo_jax.models.folder import adapter_base, check_kind
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
+from dpo_jax.own_loss import place_of
 from dpo_jax.rounding import stochastic_rounding
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, shared_digest, start
@@ -314,7 +317,32 @@ def make_tx(section: SftConfig | DpoConfig, *, steps: int = 1, seed: int = 0) ->
 
 
 def make_loss(section: DpoConfig) -> PreferenceLoss:
-    return named_loss(section.loss, **section.loss_options())
+    """The loss of `dpo.loss`. Raises `ConfigError` for an error in a file of your own, or a result of another form."""
+    try:
+        loss = named_loss(section.loss, **section.loss_options())
+    except ValueError as error:
+        raise ConfigError(f"dpo.loss: {error}") from error
+    for file in loss_table.own_files(section.loss):
+        _try_loss(loss, section.loss, file)
+    return loss
+
+
+def _try_loss(loss: PreferenceLoss, name: str, file: Path) -> None:
+    """Calls a loss of your own with abstract values, so that its errors come before hours of the reference pass."""
+    pairs = np.zeros((2, 2), np.float32)
+    signals = {signal: pairs for signal in ("lengths", "mean_lengths", "aligned_logps")}
+    signals |= {signal: pairs[:, 0] for signal in ("weight", "desirable")}
+    needed = {signal: value for signal, value in signals.items() if signal in required_inputs(loss)}
+    try:
+        found = jax.eval_shape(loss, pairs, pairs, **needed)
+        shapes = [tuple(one.shape) for one in found] if isinstance(found, tuple) else found
+    except Exception as error:
+        place = place_of(error, file)
+        raise ConfigError(f"dpo.loss: {place}: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    if shapes != [(2,), (2, 2)]:
+        raise ConfigError(
+            f"dpo.loss: {name} must return (losses float[P], rewards float[P, 2]); for 2 pairs it returns {shapes}"
+        )
 
 
 def row_layout(

@@ -62,7 +62,8 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
     """The card of a DPO run, for its final weights or those after `step`, with `dpo-jax eval`'s table once there is one."""
     section = config.dpo
     is_dpo = loss_table.uses_reference(section.loss) and loss_table.rows_of(section.loss) != "unpaired"
-    tag = "dpo" if is_dpo else loss_table.terms(section.loss)[0].name
+    is_dpo = is_dpo and not loss_table.own_files(section.loss)
+    tag = "dpo" if is_dpo else loss_table.terms(section.loss)[0].name.rpartition(":")[2]
     return _card(
         config,
         run,
@@ -122,7 +123,7 @@ def _objective(section: DpoConfig) -> str:
     if section.loss in ("dpo", "ipo"):
         return f"Direct Preference Optimization ({PAPER}), loss `{section.loss}`."
     papers = [
-        f"{term.loss.title} ([{term.loss.paper}](https://arxiv.org/abs/{term.loss.paper}))"
+        term.loss.title + (f" ([{term.loss.paper}](https://arxiv.org/abs/{term.loss.paper}))" if term.loss.paper else "")
         for term in loss_table.terms(section.loss)
     ]
     return f"Preference optimization, loss `{section.loss}`: {'; '.join(papers)}."

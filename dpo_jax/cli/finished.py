@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli.config import Config
 from dpo_jax.cli.config.file import list_of, types_of
 from dpo_jax.models.folder import adapter_base
@@ -126,6 +127,9 @@ def _inputs(task: str, config: Config, sections: Sequence[str]) -> list[Path] | 
     named = [config.dpo_policy()] if task == "dpo" else []
     for section, name, value in _options(config, sections):
         if section in ("run", "refs"):  # where results go
+            continue
+        if (section, name) == ("dpo", "loss"):
+            named += map(str, loss_table.own_files(value))
             continue
         kind = types_of(type(getattr(config, section)))[name]
         if list_of(kind) is not None:

@@ -9,6 +9,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli.command_table import COMMANDS
 from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
@@ -31,6 +32,8 @@ def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
     lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
     options |= {f"lora.{name}": value for name, value in lora.items()}
+    for file in loss_table.own_files(options.get("loss", "")) if section.name == "dpo" else ():
+        options[f"loss file {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
 
 
@@ -48,7 +51,8 @@ def settings_read(config: Config, command: str) -> dict[str, Any]:
     """Of the DPO options, those that a command reads; also seed, precision and adapter."""
     read = {option.removeprefix("dpo.") for option in COMMANDS[command].reads} | {"seed", "precision"}
     every = settings(config, config.dpo)
-    return {name: value for name, value in every.items() if name in read or name.startswith("lora.")}
+    also = ("lora.", *(("loss file ",) if "loss" in read else ()))
+    return {name: value for name, value in every.items() if name in read or name.startswith(also)}
 
 
 def data_record(config: Config, tokenizer: Any, reports: Sequence[DataReport], *, held_out: str) -> dict[str, Any]:

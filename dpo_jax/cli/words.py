@@ -38,7 +38,7 @@ def instead_of_value(option: str, value: str, options: Collection[str]) -> str |
         return _told(answer, options, section=section)
     if option.endswith("warmup_steps") and re.fullmatch(r"0?\.\d+", value.strip()):
         return f"{section}.warmup_ratio {value.strip()}, which is a share of the run"
-    if option == "dpo.loss" and "+" not in value and "*" not in value and len(names := re.findall(r"\w+", value)) > 1:
+    if option == "dpo.loss" and not {*"+*:"} & {*value} and len(names := re.findall(r"\w+", value)) > 1:
         return f"a sum, written as one text: {' + '.join(names)} (weights: 0.8*sigmoid + sft)"
     return None
 

@@ -12,23 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, own_loss
+from dpo_jax.loss_table import SIGNALS as SIGNALS
 from dpo_jax.types import Array
 
 PreferenceLoss = Callable[..., tuple[jax.Array, jax.Array]]
 """(logps[P, K], ref_logps[P, K], **signals) -> (losses[P], rewards[P, K]): a function of `dpo_jax.losses`, its options bound. K
 is 2, or the length of a ranking. `signals` are its keyword arguments without a default, such as `lengths` (`SIGNALS`), and the
 extra columns of the batch (`Rows.extras`)."""
-
-SIGNALS = ("lengths", "mean_lengths", "weight", "aligned_logps", "desirable")
-"""Inputs that `dpo_step` supplies from the batch to a loss with a keyword of that name:
-
-    lengths        float32[P, K]  scored tokens of each completion; 0 in padding examples
-    mean_lengths   float32[P, K]  their mean over the pairs of the global batch; all rows are equal
-    weight         float32[P]     1, and 0 for padding examples
-    aligned_logps  float32[P, K]  mean over tokens of log pi(y_t) - log sum_v pi(v)^2 of the policy, without gradient (WPO)
-    desirable      float32[P]     1 or 0: the label of a single completion, in `Rows.extras` (KTO)
-"""
 
 
 def required_inputs(loss: Callable[..., Any]) -> frozenset[str]:
@@ -66,6 +57,8 @@ def named_loss(text: str, **options: Any) -> PreferenceLoss:
 
 
 def _function(name: str) -> PreferenceLoss:
+    if own_loss.is_own(name):
+        return own_loss.load(name)
     module, _, function = name.partition(".")
     return getattr(importlib.import_module(f"dpo_jax.losses.{module}"), function)
 

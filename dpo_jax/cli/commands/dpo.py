@@ -38,6 +38,7 @@ from dpo_jax.types import Array, Partitioner, Rows, TrainState, Variables
 def run(config: Config) -> int:
     section = config.dpo
     with build.open_run(config, "dpo") as run_dir:
+        loss = build.make_loss(section)
         saved = earlier_run(config, "dpo", section)
         tokenizer = build.tokenizer_of(config, model_path=config.dpo_policy(), name="dpo.policy")
         (pairs, held_out), vision = load_pairs(config, tokenizer)
@@ -63,7 +64,6 @@ def run(config: Config) -> int:
         if section.reference:
             build.free(variables)
             variables, digests = trainable.load(config.dpo_policy(), partitioner, name="dpo.policy")
-        loss = build.make_loss(section)
         logps = partitioner.compile_map(functools.partial(completion_logps, trainable.model, ld_alpha=section.ld_alpha))
         sample = sampler_of(config, run_dir, partitioner, trainable.model, tokenizer, held_out)
 

@@ -30,6 +30,7 @@ from dpo_jax.evals.completions import Completer, map_completions
 from dpo_jax.evals.intervals import mean_with_error
 from dpo_jax.evals.preference import completion_tokens, held_out_logps, labels_of, preference_summary
 from dpo_jax.logps import completion_logps, sequence_logps
+from dpo_jax.losses import PreferenceLoss
 from dpo_jax.report.health import examine_run, repetition
 from dpo_jax.report.result_table import result_table, wrapped
 from dpo_jax.runtime.checkpoint import newest_meta
@@ -52,6 +53,7 @@ class Compared(NamedTuple):
     preferences: PreferenceSet
     held_out: EncodedSet
     vision: Vision | None
+    loss: PreferenceLoss
 
 
 def run(config: Config) -> int:
@@ -81,6 +83,7 @@ def run(config: Config) -> int:
 
 def _load(config: Config) -> Compared:
     """Raises `ConfigError` if policy and reference are different models, or if the data do not suit the loss."""
+    loss = build.make_loss(config.dpo)
     tokenizer = build.tokenizer_of(config, model_path=config.eval_policy(), name="eval.policy")
     rows = loss_table.rows_of(config.dpo.loss)
     if config.eval.rewards and rows != "pairs":
@@ -102,7 +105,7 @@ def _load(config: Config) -> Compared:
     variables, weights = {}, {}
     for who, (path, kept) in paths.items():
         variables[who], weights[who] = build.load_weights(path, model, partitioner, name=f"eval.{who}", **kept)
-    return Compared(model, tokenizer, partitioner, variables, weights, preferences, held_out, vision)
+    return Compared(model, tokenizer, partitioner, variables, weights, preferences, held_out, vision, loss)
 
 
 def _logps(config: Config, both: Compared) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +128,7 @@ def _report(config: Config, both: Compared, logps: np.ndarray, ref_logps: np.nda
     held_out = both.held_out
     summary = functools.partial(
         preference_summary,
-        loss=build.make_loss(config.dpo),
+        loss=both.loss,
         lengths=completion_tokens(held_out),
         desirable=labels_of(held_out),
         prompts=[prompt_key(pair) for pair in held_out],

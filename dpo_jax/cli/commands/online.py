@@ -34,6 +34,7 @@ from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.dpo import dpo_step
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.world import World, copy_of
+from dpo_jax.losses import PreferenceLoss
 from dpo_jax.models.digest import files_digest
 from dpo_jax.models.hub import resolve
 from dpo_jax.online.labels import LabelLog
@@ -58,7 +59,7 @@ def run(config: Config) -> int:
     refuse_unfit(config)
     section = config.online.training(config.dpo)
     with build.open_run(config, "online") as run_dir:
-        saved = earlier_run(config, "online", section)
+        saved, loss = earlier_run(config, "online", section), build.make_loss(section)
         compare = compare_of(config, run_dir)
         learned = _learned(config)
         reward = None if compare else learned if config.online.reward == "reward-model" else None
@@ -78,7 +79,7 @@ def run(config: Config) -> int:
         )
         before = _measured(world, world.reference)
         print(f"the reference: {_words(before)}", flush=True)
-        state = _train(config, section, run_dir, world, rounds, digests, saved=saved)
+        state = _train(config, section, run_dir, world, rounds, digests, loss=loss, saved=saved)
         points = hosts.run_on_first(lambda: list(filter(is_evaluation, read_metrics(run_dir.metrics))))
         named = [{name.removeprefix("eval/"): value for name, value in row.items()} for row in points]
         if hosts.is_first():
@@ -223,6 +224,7 @@ def _train(
     rounds: Rounds,
     digests: Mapping[str, str],
     *,
+    loss: PreferenceLoss,
     saved: SavedRun | None,
 ) -> TrainState:
     """Runs the rounds and their steps, from the newest checkpoint if there is one. Returns the final state on the devices."""
@@ -239,7 +241,7 @@ def _train(
             dpo_step,
             model=world.model,
             tx=tx,
-            loss=build.make_loss(section),
+            loss=loss,
             router_aux_loss=router_aux_loss(section, world.model),
             microbatches=section.microbatches,
             axis_name=partitioner.axis_name,
