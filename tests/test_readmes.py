@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from dpo_jax.cli.build import make_loss
 from dpo_jax.cli.config import ConfigError, DpoConfig, load_config
 from dpo_jax.cli.flags import parse
 
@@ -31,7 +32,13 @@ def test_the_commands_of_the_readmes_are_understood(words, tmp_path):
     """Every flag is there, takes the value that is written, and nothing that the command needs is missing."""
     name, config, *flags = words
     values = {"STEP": "200", "DIR": str(tmp_path), "RUN": str(tmp_path), "NAME": "m"}
-    flags = [re.sub(r"\b(STEP|DIR|RUN|NAME)\b", lambda mark: values[mark[1]], flag) for flag in flags]
+    if "--dpo.loss" in flags:  # the file of the README's example
+        block = re.search(
+            r"`my_losses.py` is\n\n```python\n(.*?)```", (ROOT / "dpo_jax/losses/README.md").read_text(), re.DOTALL
+        )
+        (tmp_path / "my_losses.py").write_text(block[1])
+        values["my_losses.py"] = str(tmp_path / "my_losses.py")
+    flags = [re.sub(r"\b(STEP|DIR|RUN|NAME|my_losses.py)\b", lambda mark: values[mark[1]], flag) for flag in flags]
     if "..." in flags:
         flags = [*(flag for flag in flags if flag != "..."), "--judge.model", "m"]
         flags += [] if "--judge.prompt" in flags else ["--judge.prompt", "dialogue"]
@@ -44,7 +51,9 @@ def test_the_commands_of_the_readmes_are_understood(words, tmp_path):
     problems = []
     for args in ([file, *flags, *more] for file in files for more in ((), path)):
         try:
-            parse(name, args)
+            config = parse(name, args)
+            if "my_losses.py" in values:
+                make_loss(config.dpo)
             return
         except (ConfigError, SystemExit) as problem:
             problems.append(str(problem))
