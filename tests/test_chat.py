@@ -403,7 +403,7 @@ def test_what_cannot_be_rendered_is_named(name, chatty):
     ("template", "message"),
     [
         ("{{ messages[0].content }}", "chosen: chat_template: the chat template writes nothing for this turn"),
-        ("{{ ' ' }}{% if messages[1:] %}{{ messages[1].content }}{% endif %}", "prompt: chat_template: the chat template writes "),
+        ("{{ ' ' }}{% if messages[1:] %}{{ messages[1].content }}{% endif %}", "prompt: chat_template: the chat template"),
         (
             "{{ messages[0].content }}{% if messages[1:] %} A.{% endif %}",
             "chosen, rejected: chat_template: the chat template writes the same text for both, although their messages differ",

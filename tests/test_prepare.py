@@ -66,6 +66,16 @@ def test_each_cause_is_counted_and_its_place_is_kept(tokenizer, cause):
     assert encoded.report.kept + sum(encoded.report.dropped.values()) == encoded.report.read == 3
 
 
+@pytest.mark.parametrize("desirable", [None, True])
+def test_a_prompt_that_leaves_no_room_is_said_to_be_too_long(tokenizer, desirable):
+    """Where prompts are kept whole, completions of no tokens are not identical."""
+    record = {"prompt": LONG, "desirable": desirable} | ({} if desirable is None else {"rejected": GOOD["chosen"]})
+    encoded = encode_all(preference_set({}, record), tokenizer, **LIMITS, truncation="completions", on_bad="drop")
+    assert encoded.report.dropped == {Cause.NO_ROOM.value: 1}
+    (example,) = encoded.report.examples[Cause.NO_ROOM.value]
+    assert re.search(r"prompt: no_room: the prompt has \d+ tokens, --data.max-length is 32", example)
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_by_default_each_cause_is_refused_by_name_with_a_remedy(tokenizer, cause):
     record, options, detail = CAUSES[cause]

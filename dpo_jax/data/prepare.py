@@ -67,7 +67,7 @@ def encode_all(
             pair = _encode_text(preference, tokenizer, images, **limits)
             if whole:
                 _check_whole(pair, preference, tokenizer, max_length)
-            _check(pair, tokenizer, preference)
+            _check(pair, tokenizer, preference, max_length)
             _check_target(preference, tokenizer)
         except BadRow as problem:
             triage.reject(preference.uid, problem)
@@ -267,8 +267,11 @@ def _check_target(preference: Preference, tokenizer: _CachingTokenizer) -> None:
         raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 
 
-def _check(pair: Encoded, tokenizer: Any, preference: Preference) -> None:
+def _check(pair: Encoded, tokenizer: Any, preference: Preference, max_length: int) -> None:
     """Raises `BadRow` if the token ids form no usable pair although the texts did."""
+    if not min(map(len, pair.completions)) and len(pair.prompt) >= max_length:
+        detail = f"the prompt has {len(pair.prompt)} tokens, --data.max-length is {max_length}"
+        raise BadRow(Cause.NO_ROOM, detail, field="prompt")
     single = pair.desirable is not None
     if not single and len({ids.tobytes() for ids in pair.completions}) < len(pair.completions):
         if pair.chosen_cut or pair.rejected_cut or pair.between_cut:
