@@ -1,6 +1,7 @@
 """`--check` of data and templates: what makes every run refuse them is found without a tokenizer."""
 
 import json
+import shutil
 
 import pytest
 from chat_templates import chat_tokenizer
@@ -95,3 +96,39 @@ def test_the_rows_of_an_array_are_not_counted_by_lines(place, capsys, indent):
     code, told = check("dpo", "--check", capsys=capsys)
     assert code == 0
     assert "pairs: train (trl, 1 file), test (trl, 1 file, 10 rows)" in told
+
+
+def test_eval_names_the_loss_with_which_the_run_was_trained(place, capsys):
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "label": True} for row in ROWS]
+    for split in ("train", "test"):
+        write_rows(place / "pairs" / f"{split}.jsonl", rows)
+    (place / "runs/one/dpo").mkdir()
+    (place / "runs/one/dpo/config.yaml").write_text("dpo: {loss: kto}")
+    for flags in (["--check"], ["--eval.reference", "runs/one/sft/export"]):
+        shutil.copytree(place / "runs/one/sft/export", place / "runs/one/dpo/export", dirs_exist_ok=True)
+        code, told = check("eval", *flags, capsys=capsys)
+        assert code == 65
+        assert "this run was trained with --dpo.loss kto: set it for eval, too" in told
+    told = check("eval", "--check", "--eval.policy", "runs/one/dpo/export", capsys=capsys)[1]
+    assert "pairs are needed here" in told
+    assert "was trained with" not in told
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        (["--run.num-processes", "8"], {}, "run.coordinator, run.process_id not given, but run.num_processes: give all"),
+        (["--run.num-processes", "8"], {"JAX_PROCESS_ID": "0"}, "run.coordinator not given"),
+        (["--run.num-processes", "8"], {"JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, None),
+        (["--run.num-processes", "8", "--check-elsewhere=/mnt"], {}, None),
+        ([], {}, None),
+    ],
+)
+def test_half_of_an_address_is_refused(place, capsys, monkeypatch, flags, environment, expected):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, told = check("dpo", "--check", "--run.distributed", "auto", *flags, capsys=capsys)
+    assert code == (2 if expected else 0)
+    assert (expected or "nothing is wrong") in told

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,8 +115,9 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
             check.rows = most(counts["train"], data.max_train) if each == 1 else None
             check.tell("data", f"generated {data.source.replace('_', ' ')}: {', '.join(told)}")
             return
-        for part in data.parts():
-            _source(check, part, splits)
+        with naming_trained_loss(check.config) if check.name == "eval" else nullcontext():
+            for part in data.parts():
+                _source(check, part, splits)
 
     return look
 
@@ -191,6 +193,22 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+@contextmanager
+def naming_trained_loss(config: Config) -> Iterator[None]:
+    """A context that adds to an error of `eval` on rows of another kind the loss with which the run was trained."""
+    from dpo_jax.data.pairs import Cause, DataError
+
+    try:
+        yield
+    except DataError as error:
+        trained = None if config.eval.policy is not None else model_folders.trained_section(config)
+        rows_differ = trained is not None and loss_table.rows_of(trained.loss) != loss_table.rows_of(config.dpo.loss)
+        if trained is None or not rows_differ or Cause.MISSING_COLUMN not in error.causes:
+            raise
+        told = f"{error}; this run was trained with --dpo.loss {shlex.quote(trained.loss)}: set it for eval, too"
+        raise DataError(told, causes=error.causes) from error
 
 
 def rows_wanted(check: Check) -> Wanted:
