@@ -300,7 +300,8 @@ class Triage:
         total = sum(self._refused.values())
         counts = ", ".join(f"{cause} {count}" for cause, count in sorted(self._refused.items()))
         listed = "\n".join(f"  {line}" for line in self._first)
-        remedy = "Use another chat template" if {*self._refused} == {Cause.CHAT_TEMPLATE} else "Fix these rows"
+        remedies = {Cause.CHAT_TEMPLATE: "Use another chat template", Cause.NO_ROOM: "Raise this limit"}
+        remedy = remedies.get(next(iter(self._refused)), "Fix these rows") if len(self._refused) == 1 else "Fix these rows"
         more = f"\n  ... and {total - len(self._first)} more" if total > len(self._first) else ""
         raise DataError(
             f"{total} of {self.report.read} rows cannot be used ({counts}):\n{listed}{more}\n"

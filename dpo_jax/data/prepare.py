@@ -244,11 +244,11 @@ def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | N
 
 def _check_whole(pair: Encoded, preference: Preference, tokenizer: _CachingTokenizer, max_length: int) -> None:
     """Raises `BadRow` if a completion of the pair was cut, or its own SFT target would be."""
-    cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)
+    cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut) + max(0, len(pair.prompt) - max_length)
     if (target := preference.sft_target) is not None and not tokenizer.may_hold_eos(target):
         cut = max(cut, len(pair.prompt) + len(ended_ids(target, tokenizer, chat=preference.chat)) - max_length)
     if cut > 0:
-        raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
+        raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond --data.max-length, {max_length}")
 
 
 def _check_target(preference: Preference, tokenizer: _CachingTokenizer) -> None:

@@ -69,9 +69,7 @@ class RunConfig:
             "num_processes": "JAX_NUM_PROCESSES",
             "process_id": "JAX_PROCESS_ID",
         }
-        given = {
-            field for field, name in variables.items() if getattr(self, field) is not None or os.environ.get(f"JAX_{name}")
-        }
+        given = {field for field, name in variables.items() if getattr(self, field) is not None or os.environ.get(name)}
         missing = [f"run.{field}" for field in variables if field not in given]
         if self.distributed == "off" or len(missing) in (0, 3):
             return None
