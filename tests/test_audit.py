@@ -268,7 +268,7 @@ def test_truncation_is_told_by_the_audit_and_by_training(config, tmp_path):
 
 def test_lines_on_rows_that_are_lost():
     report = DataReport(split="train", kept=7, dropped={"over_limit": 2, "too_deep": 1, "identical_after_truncation": 4})
-    dropped = "5 rows dropped (identical_after_truncation 4, too_deep 1)"
+    dropped = "5 rows dropped (identical_after_truncation 4, too_deep 1); --data.max-length 512 is too short for some: raise it"
     assert splits.truncation_note(Config(), report) == f"train split, 7 kept: {dropped}"
     report.truncated = {"chosen": 2}
     whole = Config(data=DataConfig(truncation="completions"))

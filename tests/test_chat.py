@@ -399,6 +399,27 @@ def test_what_cannot_be_rendered_is_named(name, chatty):
     assert problem.value.cause == cause
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ messages[0].content }}", "chosen: chat_template: the chat template writes nothing for this turn"),
+        ("{{ ' ' }}{% if messages[1:] %}{{ messages[1].content }}{% endif %}", "prompt: chat_template: the chat template"),
+        (
+            "{{ messages[0].content }}{% if messages[1:] %} A.{% endif %}",
+            "chosen, rejected: chat_template: the chat template writes the same text for both, although their messages differ",
+        ),
+    ],
+)
+def test_turns_that_the_template_drops_are_its_fault_and_not_that_of_the_rows(template, message, tmp_path):
+    tokenizer, file = chat_tokenizer(template), tmp_path / "train.jsonl"
+    row = {"prompt": ASKED, "chosen": [said("It rains.")], "rejected": [said("No.")]}
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError) as refused:
+        load_preferences(file, "train", tokenizer=tokenizer)
+    assert f"train.jsonl:1: {message}" in str(refused.value)
+    assert str(refused.value).endswith("Use another chat template, or drop and count such rows with --data.on-bad drop.")
+
+
 def test_truncation_cuts_the_marks_with_the_tokens(chatty, tmp_path):
     row, _ = ROWS["numbers of turns differ"]
     tokenizer = chatty["chatml"]

@@ -126,6 +126,13 @@ def test_a_prompt_in_another_column_is_refused_with_the_option_that_reads_it(nam
     assert pair.chosen in json.dumps(row)
 
 
+def test_the_remedy_for_unknown_columns_is_also_that_of_sft(tmp_path):
+    path = written(tmp_path / "train.jsonl", {"question": Q, "answer": "A."})
+    with pytest.raises(DataError, match=r"rejected=NAME; for sft prompt=NAME,completion=NAME or text=NAME$"):
+        load(path, rows="any")
+    assert len(load(path, rows="any", columns="prompt=question,completion=answer")) == 1
+
+
 def test_the_remedy_says_what_it_does_not_read(tmp_path):
     """LLaMA-Factory's rows: earlier turns are in `history`."""
     row = {"instruction": Q, "input": "", "history": [["Hi", "Hello"]], **SIDES}

@@ -17,7 +17,7 @@ from conftest import GOLDEN
 from dpo_jax.cli import finished, fixed, model_folders
 from dpo_jax.cli import main as program
 from dpo_jax.cli.command_table import COMMANDS
-from dpo_jax.cli.config import Config, RunConfig, dump_config, load_config
+from dpo_jax.cli.config import Config, ModelConfig, RunConfig, dump_config, load_config
 from dpo_jax.cli.flags import parse
 from dpo_jax.cli.preflight import run as preflight
 
@@ -442,12 +442,14 @@ def test_tfds_folders_are_known_by_their_description(place, capsys):
 # Model folders that are not there
 
 
-def remedy_of(place, path, **run):
-    return model_folders.remedy(Config(run=RunConfig(dir=str(place / "one"), **run)), f"{place / path}")
+def remedy_of(place, path, *, model=None, **run):
+    config = Config(run=RunConfig(dir=str(place / "one"), **run), model=ModelConfig(path=model))
+    return model_folders.remedy(config, f"{place / path}")
 
 
 def test_a_missing_model_is_named_with_what_is_left_to_do(tmp_path):
     assert remedy_of(tmp_path, "one/dpo/export").startswith(f"There is no run directory {tmp_path / 'one'}: check --run.dir")
+    assert "sft` first, or start from model.path itself: --dpo." in remedy_of(tmp_path, "one/sft/export", model="a/b")
     (tmp_path / "one").mkdir()
     assert remedy_of(tmp_path, "one/sft/export") == "Run `dpo-jax sft` first, or name the model."
     assert remedy_of(tmp_path, "one/dpo/export") == "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."

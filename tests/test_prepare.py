@@ -66,6 +66,16 @@ def test_each_cause_is_counted_and_its_place_is_kept(tokenizer, cause):
     assert encoded.report.kept + sum(encoded.report.dropped.values()) == encoded.report.read == 3
 
 
+@pytest.mark.parametrize("desirable", [None, True])
+def test_a_prompt_that_leaves_no_room_is_said_to_be_too_long(tokenizer, desirable):
+    """Where prompts are kept whole, completions of no tokens are not identical."""
+    record = {"prompt": LONG, "desirable": desirable} | ({} if desirable is None else {"rejected": GOOD["chosen"]})
+    encoded = encode_all(preference_set({}, record), tokenizer, **LIMITS, truncation="completions", on_bad="drop")
+    assert encoded.report.dropped == {Cause.NO_ROOM.value: 1}
+    (example,) = encoded.report.examples[Cause.NO_ROOM.value]
+    assert re.search(r"prompt: no_room: the prompt has \d+ tokens, --data.max-length is 32", example)
+
+
 @pytest.mark.parametrize("cause", CAUSES)
 def test_by_default_each_cause_is_refused_by_name_with_a_remedy(tokenizer, cause):
     record, options, detail = CAUSES[cause]
@@ -76,7 +86,8 @@ def test_by_default_each_cause_is_refused_by_name_with_a_remedy(tokenizer, cause
     with pytest.raises(DataError, match=rf"t\.jsonl:2: .*{cause}.*{detail}") as caught:
         encode_all(preferences, LowerCase(tokenizer), **LIMITS, **options)
     assert caught.value.causes == (cause,)
-    assert "Fix these rows, or drop and count such rows with --data.on-bad drop." in str(caught.value)
+    remedy = "Raise this limit" if cause is Cause.NO_ROOM else "Fix these rows"
+    assert f"{remedy}, or drop and count such rows with --data.on-bad drop." in str(caught.value)
     assert "t.jsonl:1" not in str(caught.value)
 
 
@@ -118,6 +129,9 @@ def test_rows_that_are_too_long_are_left_out_on_request_and_the_others_are_whole
     encoded = encode_all(preference_set(*records), tokenizer, **LIMITS, truncation="drop")
     assert [pair.uid for pair in encoded] == ["t.jsonl:1", "t.jsonl:5", "t.jsonl:7"]
     assert (encoded.report.dropped, encoded.report.truncated, encoded.report.bad) == ({"beyond_max_length": 4}, {}, 0)
+    long = encode({**GOOD, "prompt": LONG}, tokenizer, max_length=999, max_prompt_length=500)
+    beyond = len(long.prompt) + max(len(long.chosen), len(long.rejected)) - LIMITS["max_length"]
+    assert f"t.jsonl:4: beyond_max_length: {beyond} tokens beyond --data.max-length" in str(encoded.report.examples)
     whole = encode({**GOOD, "uid": "t.jsonl:1"}, tokenizer, max_length=999, max_prompt_length=500)
     assert encoded[0].prompt.tolist() == whole.prompt.tolist()
     assert encoded[0].chosen.tolist() == whole.chosen.tolist()

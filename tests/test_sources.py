@@ -237,6 +237,7 @@ def test_layouts(names, tmp_path):
         (["test.jsonl"], "no file of split 'train'; the folder holds test.jsonl"),
         (["train.xlsx"], "train.xlsx is not read: convert it to JSON Lines"),
         (["default/train/0000.jsonl"], "the split is in .*/default/train: give the folder .*/default"),
+        (["a.jsonl", "b.jsonl"], "a, b with .*; several files of one split go into a folder, such as train/, or into data.mix"),
         (["train.jsonl", "train.jsonl.gz"], "same file twice"),
         (["train.jsonl", "train/a.jsonl"], "ambiguous"),
         (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], r"shards \[1\] of 00003 are missing"),
@@ -262,6 +263,24 @@ def test_a_layout_is_never_guessed(names, detail, tmp_path):
     with pytest.raises(DataError, match=detail) as refusal:
         load(tmp_path)
     assert refusal.value.causes == (Cause.BAD_LAYOUT,)
+
+
+def test_the_descriptions_of_save_to_disk_are_no_rows(tmp_path):
+    """A folder of a `DatasetDict`: Arrow files, with JSON files beside them."""
+    for split in ("train", "test"):
+        for name in ("data-00000-of-00001.arrow", "dataset_info.json", "state.json"):
+            write(tmp_path / split / name, GOOD)
+    write(tmp_path / "dataset_dict.json", GOOD)
+    for folder in (tmp_path, tmp_path / "train"):
+        with pytest.raises(DataError, match="Arrow files of `save_to_disk` are not read: write each split") as refusal:
+            load(folder)
+        assert "choose among" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["*.jsonl", "a.jsonl,b.jsonl", "train-?.jsonl"])
+def test_names_of_several_files_are_told_where_to_put_them(name, tmp_path):
+    with pytest.raises(DataError, match="no such file or folder; several files of one split go into a folder, such as train/"):
+        load(tmp_path / name)
 
 
 def test_a_shard_is_no_split(tmp_path):

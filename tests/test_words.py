@@ -29,6 +29,9 @@ TYPED = re.findall(
     hub_revision greater_is_better save_only_model torch_compile use_cpu fsdp_config full_determinism dataloader_drop_last
     dataset_streaming streaming gamma_beta_ratio wandb_entity lora_modules_to_save generate_during_eval eval_on_start
     auto_find_batch_size activation_offloading run_name load_in_8bit
+    accelerate_config config_file num_machines dataset_kwargs use_logits_to_keep label_pad_token_id padding_side
+    max_target_length is_encoder_decoder kl_coef num_ppo_epochs missing_eos_penalty reward_model_name_or_path reward_funcs
+    reward_weights num_iterations use_vllm vllm_mode vllm_gpu_memory_utilization split name data.split data.name
     """,
 )
 
@@ -115,6 +118,55 @@ def test_a_slip_in_our_own_section_is_no_foreign_word(small, capsys, typed):
     err = told(["dpo", small, typed, "8"], capsys)
     assert "--lora." in err
     assert "an adapter is trained where" not in err
+
+
+def test_words_of_data_are_answered_where_they_are_typed(tmp_path):
+    """`split` is near to test_split, and means the train split."""
+    path = tmp_path / "trl.yaml"
+    path.write_text("data:\n  mix:\n  - path: a\n    split: train\n  - path: b\n    name: c\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("data.mix[1].split: unknown key; instead: train_split")
+    assert second.endswith("data.mix[2].name: unknown key; instead: config")
+    assert words.instead("--data.split", every_option()) == "data.train_split"
+    assert words.instead("model.name", every_option()) is None
+
+
+def test_unknown_flags_are_all_listed_beside_an_answered_one(small, capsys):
+    flags = ["--num_processes", "8", "--nothing-of-the-kind", "--dpo.betta", "3", "--run.no-resume"]
+    first, *others = told(["dpo", small, *flags], capsys).splitlines()
+    assert first.startswith("dpo-jax: --num_processes: unknown option; instead: --run.devices mesh takes all devices")
+    assert others == ["--nothing-of-the-kind: unknown option", '--dpo.betta: unknown option; did you mean "--dpo.beta"?']
+
+
+@pytest.mark.parametrize(
+    ("in_file", "flags", "given"),
+    [
+        ({"warmup_steps": 10}, ["--dpo.warmup-ratio", "0.1"], (150, 0.1, 1, None)),
+        ({"warmup_steps": 10}, ["--dpo.warmup-ratio=0.1", "--dpo.warmup_steps=0"], (0, 0.1, 1, None)),
+        ({"warmup_ratio": 0.1}, ["--dpo.warmup-steps", "0"], (0, None, 1, None)),
+        ({"epochs": 2}, ["--dpo.steps", "3"], (150, None, 1, 3)),
+        ({"steps": 3}, ["--dpo.epochs", "1"], (150, None, 1, None)),
+        ({"steps": 3}, ["--dpo.lr", "1"], (150, None, 1, 3)),
+        ({"epochs": 2}, ["--dpo.steps", "None"], (150, None, 2, None)),
+    ],
+)
+def test_a_flag_displaces_its_alternative_in_the_file(small, tmp_path, capsys, in_file, flags, given):
+    (tmp_path / small).write_text(f"{SMALL}dpo: {in_file}\n")
+    section = parse("dpo", [small, *flags]).dpo
+    assert (section.warmup_steps, section.warmup_ratio, section.epochs, section.steps) == given
+    (other,) = in_file
+    replaced = getattr(section, other) == getattr(Config().dpo, other)
+    assert (f"replaces dpo.{other}" in capsys.readouterr().err) == replaced
+
+
+def test_alternatives_beside_each_other_are_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"set warmup_ratio or warmup_steps, not both \(warmup_steps is 7\)"):
+        parse("dpo", [small, "--dpo.warmup-ratio", "0.1", "--dpo.warmup-steps", "7"])
+    (tmp_path / small).write_text(f"{SMALL}dpo: {{steps: 3, epochs: 2}}\n")
+    with pytest.raises(ConfigError, match="set steps or epochs, not both"):
+        parse("dpo", [small, "--dpo.lr", "1"])
 
 
 def test_what_is_near_to_an_option_is_still_suggested(small, capsys):

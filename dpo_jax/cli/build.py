@@ -25,6 +25,7 @@ from dpo_jax.data.chat_date import at_date
 from dpo_jax.data.layout import Example, Layout, places_of
 from dpo_jax.data.loader import plan_layout
 from dpo_jax.data.pairs import DataReport
+from dpo_jax.data.rendering import check_syntax
 from dpo_jax.data.template import turn_end_token
 from dpo_jax.data.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, train_tokenizer
 from dpo_jax.losses import PreferenceLoss, named_loss, required_inputs
@@ -159,7 +160,9 @@ def with_template(config: Config, tokenizer: PreTrainedTokenizerFast) -> PreTrai
         if not Path(file).is_file():
             raise ConfigError(f"tokenizer.chat_template: {file}: no such file")
         with naming_option("tokenizer.chat_template", file):
-            tokenizer.chat_template = read_text(file)
+            check_syntax(file, source := read_text(file))
+        tokenizer.chat_template = source
+        vars(tokenizer)["template_file"] = f"tokenizer.chat_template {file}"  # for messages
     return tokenizer
 
 

@@ -14,8 +14,9 @@ from dpo_jax.cli import config as options
 from dpo_jax.cli import words
 from dpo_jax.cli.command_table import COMMANDS, NO_DEVICES, SHORT, Command
 from dpo_jax.cli.config import Config, ConfigError, load_config_with_lines
-from dpo_jax.cli.config.file import list_of, types_of
+from dpo_jax.cli.config.file import list_of, suggest, types_of
 from dpo_jax.cli.config.report import ReportConfig
+from dpo_jax.cli.config.training import ALTERNATIVES, TrainingConfig
 from dpo_jax.data.terminal import raw
 
 
@@ -143,8 +144,29 @@ def _override(name: str, command: Command, config: Config, path: str, flags: lis
         for section in shown
     }
     return dataclasses.replace(
-        config, **{section: dataclasses.replace(getattr(config, section), **fields) for section, fields in changes.items()}
+        config, **{section: _replaced(section, getattr(config, section), fields, flags) for section, fields in changes.items()}
     )
+
+
+def _replaced(name: str, section: Any, fields: dict[str, Any], flags: list[str]) -> Any:
+    """A section with the values of flags. A flag displaces its alternative in the file, such as `warmup_steps` by
+    `--dpo.warmup-ratio`."""
+    new = dataclasses.replace(section, **fields)
+    for pair in ALTERNATIVES if isinstance(section, TrainingConfig) else ():
+        given = [field for field in pair if f"{name}.{field}" in _named(flags) and fields[field] is not None]
+        if len(given) != 1:
+            continue
+        (other,) = set(pair) - {*given}
+        value, default = getattr(new, other), getattr(TrainingConfig, other)
+        if value not in (default, 0):
+            new = dataclasses.replace(new, **{other: default})
+            print(f"note: {name}.{given[0]}, given as a flag, replaces {name}.{other} {value:g} of the file", file=sys.stderr)
+    return new
+
+
+def _named(flags: list[str]) -> set[str]:
+    """The options that flags name, dotted."""
+    return {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
 
 
 def _only_named(flags: list[str], shown: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -152,7 +174,7 @@ def _only_named(flags: list[str], shown: dict[str, list[str]]) -> dict[str, list
 
     tyro takes a quarter of a second to build a parser of all options.
     """
-    named = {flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")}
+    named = _named(flags)
     few = {section: [field for field in fields if f"{section}.{field}" in named] for section, fields in shown.items()}
     if "-h" in flags or not named or sum(map(len, few.values())) < len(named):
         return shown
@@ -176,9 +198,12 @@ def _shown(command: Command) -> dict[str, list[str]]:
 
 
 def _foreign_words(flags: list[str], shown: Mapping[str, list[str]]) -> list[str]:
-    """A message for each flag or value of other trainers, with ours instead. Other unknown flags are left to tyro."""
+    """A message for each flag or value of other trainers, with ours instead, and then one for each other unknown flag.
+
+    Where nothing is of other trainers, unknown flags are left to tyro.
+    """
     known = [f"{section}.{field}" for section, fields in shown.items() for field in fields]
-    answers = []
+    answers, unknown = [], []
     for number, arg in enumerate(flags):
         if not arg.startswith("--"):
             continue
@@ -191,4 +216,6 @@ def _foreign_words(flags: list[str], shown: Mapping[str, list[str]]) -> list[str
             what, answer = f"{flag} {value}: unknown value", words.instead_of_value(option, value, known)
         if answer:
             answers.append(f"{what}; instead: {words.as_flags(answer, options.every_option())}")
-    return answers
+        elif option.replace(".no_", ".") not in known and flag != "--help":
+            unknown.append(words.as_flags(f"{what}{suggest(option, known)}", known))
+    return [*answers, *unknown] if answers else []

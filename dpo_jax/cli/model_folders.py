@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, load_config
 from dpo_jax.data.completion_files import holds_others
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.families import decoder_config, hf_config
@@ -77,8 +77,9 @@ def remedy(config: Config, path: str) -> str:
     if task is None:
         return ""
     run = Path(path).parent.parent
+    itself = ", or start from model.path itself: --dpo.policy model" if task == "sft" and config.model.path else ""
     if not run.is_dir():
-        return f"There is no run directory {run}: check --run.dir, or run `dpo-jax {task}` first."
+        return f"There is no run directory {run}: check --run.dir, or run `dpo-jax {task}` first{itself}."
     if task in ("sft", "dpo"):
         own = run.resolve() == Path(config.run.dir).resolve()
         checkpoints = config.checkpoints_of(task) if own else f"{run}/{task}/checkpoints"
@@ -92,21 +93,24 @@ def remedy(config: Config, path: str) -> str:
             return f"If {checkpoints} holds steps, continue with `dpo-jax {task}`, or write the last one with `dpo-jax export`."
         if task == "dpo" and own and config.dpo.policy is None and not (run / "sft" / "export").is_dir():
             return "Run `dpo-jax sft`, then `dpo-jax dpo` first, or name the model."
-    itself = ", or start from model.path itself: --dpo.policy model" if task == "sft" and config.model.path else ""
     return f"Run `dpo-jax {task}` first, or name the model{itself}."
 
 
 def eval_reference(config: Config) -> str:
     """The reference of an evaluation: the one named, else the one that the run's own policy was trained against."""
     named = (config.eval.policy, config.eval.reference, config.dpo.policy, config.dpo.reference)
-    written = Path(config.run.dir, "dpo", "config.yaml")
-    if any(name is not None for name in named) or not written.is_file():
-        return config.eval_reference()
-    try:
-        trained = load_config(written).dpo
-    except ConfigError:  # of another version
+    if any(name is not None for name in named) or (trained := trained_section(config)) is None:
         return config.eval_reference()
     return trained.reference or trained.policy or config.eval_reference()  # the run may have been moved since
+
+
+def trained_section(config: Config) -> DpoConfig | None:
+    """Section dpo of the run's own training; None if there is none, or one of another version."""
+    written = Path(config.run.dir, "dpo", "config.yaml")
+    try:
+        return load_config(written).dpo if written.is_file() else None
+    except ConfigError:
+        return None
 
 
 _TAGGED = re.compile(r"\A---\n(?:(?!---\n).*\n)*?(?:tags: *\[|[ -]*- )[\"']?dpo_jax\b")

@@ -131,11 +131,19 @@ def encode_split(config: Config, preferences: PreferenceSet, tokenizer: Any, ima
     with _hint_of_rendered_texts(config):
         check_dropped(config, report, max(report.bad_share, of_encoded))
     if not len(encoded):
-        raise DataError(f"{report.summary()}\n{report.reasons()}no pair is left", causes=[Cause.NO_ROWS])
+        told = f"{report.summary()}\n{report.reasons()}no pair is left{_raise_length(config, report)}"
+        raise DataError(told, causes=[Cause.NO_ROWS])
     return encoded
 
 
 _BY_LIMITS = (Cause.OVER_LIMIT, Cause.OTHER_SPLIT, Cause.WEIGHT)  # causes that the configuration asks for
+_BY_LENGTH = (Cause.NO_ROOM, Cause.BEYOND_MAX_LENGTH, Cause.IDENTICAL_AFTER_TRUNCATION, Cause.COMPLETION_CUT)
+
+
+def _raise_length(config: Config, report: DataReport) -> str:
+    """The remedy for rows dropped for their length; "" if there are none."""
+    found = any(cause in report.dropped for cause in _BY_LENGTH)
+    return f"; --data.max-length {config.data.max_length} is too short for some: raise it" if found else ""
 
 
 def truncation_note(config: Config, report: DataReport) -> str | None:
@@ -151,7 +159,7 @@ def truncation_note(config: Config, report: DataReport) -> str | None:
     dropped = {cause: count for cause, count in report.dropped.items() if cause not in _BY_LIMITS}
     if dropped:
         causes = ", ".join(f"{cause} {count:,}" for cause, count in sorted(dropped.items()))
-        parts.append(f"{sum(dropped.values()):,} rows dropped ({causes})")
+        parts.append(f"{sum(dropped.values()):,} rows dropped ({causes}){_raise_length(config, report)}")
     return f"{report.split} split, {report.kept:,} kept: {'; '.join(parts)}" if parts else None
 
 

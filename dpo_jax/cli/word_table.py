@@ -27,6 +27,7 @@ _HALF = "float16 is not offered; run.precision bfloat16"
 _LENGTH = "data.max_length (prompt and completion) and data.max_prompt_length"
 _KERNEL = "model.attention; auto takes the fastest for the device"
 _STEPS = "sft.steps, dpo.steps, sft.epochs, dpo.epochs, data.max_train"
+_SAMPLED = "nothing to set: completions are sampled in JAX, by the devices that train"
 _HOSTS = "run.distributed auto joins the processes of several hosts; run.heartbeat_seconds is the timeout"
 _SHUFFLED = "every epoch is shuffled, by run.seed"
 _COMPILED = "every step is compiled; nothing needs to be set"
@@ -116,15 +117,15 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(
         ("prompt_key", "input_key", "chosen_key", "rejected_key", "columns_mapping", "rename_columns"), "data.columns"
     ),
-    "dataset_config": "data.config",
+    **dict.fromkeys(("dataset_config", "name"), "data.config"),
     "dataset_revision": "data.revision",
     "dataset_mixture": "data.mix",
     "fraction": "weight of an entry of data.mix: 0.5 takes half of its rows, where TRL's shares add up to the mixture",
     "test_split_size": "data.test_share",
-    "dataset_train_split": "data.train_split",
+    **dict.fromkeys(("dataset_train_split", "split"), "data.train_split"),
     "dataset_test_split": "data.test_split",
     **dict.fromkeys(("streaming", "dataset_streaming"), _STREAMED),
-    **dict.fromkeys(("max_completion_length", "max_seq_length"), _LENGTH),
+    **dict.fromkeys(("max_completion_length", "max_seq_length", "max_target_length"), _LENGTH),
     "truncation_mode": "data.truncation, where completions is TRL's keep_start, its default; its keep_end is not offered",
     **dict.fromkeys(("padding_free", "group_by_length"), "data.layout packed, which is the default"),
     **dict.fromkeys(
@@ -165,6 +166,11 @@ WORDS: Mapping[str, str] = {
     "trackio_space_id": "TRACKIO_SPACE_ID in the environment",
     "resume_from_checkpoint": "run.resume, which is on: the same command continues from the newest checkpoint",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"), _SHARDED),
+    **dict.fromkeys(("accelerate_config", "config_file"), _SHARDED),
+    "num_processes": "run.devices mesh takes all devices of a machine (run.num_processes is the number of machines)",
+    "num_machines": "run.num_processes, with run.distributed auto",
+    "machine_rank": "run.process_id, with run.distributed auto",
+    **dict.fromkeys(("main_process_ip", "main_process_port"), "run.coordinator HOST:PORT, with run.distributed auto"),
     "tensor_parallel_size": "mesh.tensor, with run.devices mesh",
     **dict.fromkeys(("context_parallel_size", "cp_size", "sequence_parallel_size"), "mesh.context, with run.devices mesh"),
     "fsdp_policy_mp": "run.precision bfloat16",
@@ -194,7 +200,9 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ignore_bias_buffers"), _NOTHING),
     **dict.fromkeys(("dataloader_in_order", "dataloader_multiprocessing_context", "save_on_each_node"), _NOTHING),
     **dict.fromkeys(("eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"), _NOTHING),
-    **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices"), _NOTHING),
+    **dict.fromkeys(("ignore_data_skip", "average_tokens_across_devices", "dataset_kwargs"), _NOTHING),
+    **dict.fromkeys(("label_pad_token_id", "padding_side", "use_logits_to_keep"), _NOTHING),
+    "is_encoder_decoder": "not offered; models are decoders only",
     **dict.fromkeys(("label_names", "prediction_loss_only", "log_level", "log_level_replica", "debug"), _NOTHING),
     **dict.fromkeys(("batch_eval_metrics", "include_for_metrics", "restore_callback_states_from_checkpoint"), _CALLBACKS),
     "logging_nan_inf_filter": "a loss that is NaN or infinite ends the run with exit code 76; the last good checkpoint is kept",
@@ -204,6 +212,17 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("trackio_bucket_id", "trackio_static_space_id"), "TRACKIO_SPACE_ID in the environment"),
     "dataloader_drop_last": "no example is dropped: the last batch of a run is padded, and padding has weight 0",
     "num_generations": "online.completions, frontier.completions: completions of a prompt",
+    **dict.fromkeys(("use_vllm", "vllm_*"), _SAMPLED),
+    **dict.fromkeys(("reward_model_name_or_path", "reward_model_path"), "ppo.reward_model, online.reward_model"),
+    "reward_funcs": "frontier.reward, or a learned one: ppo.reward_model or online.reward_model; functions of your own are not "
+    "offered",
+    "reward_weights": "not offered; there is one reward",
+    "kl_coef": "ppo.target_kl: the KL that the coefficient adapts to",
+    **dict.fromkeys(("num_ppo_epochs", "num_iterations"), "frontier.ppo_epochs"),
+    "num_mini_batches": "frontier.ppo_minibatches",
+    "total_episodes": "frontier.ppo_iterations x frontier.ppo_batch",
+    "response_length": "frontier.max_new_tokens",
+    "missing_eos_penalty": "not offered",
     "num_samples": "sample.prompts, eval.samples",
     "max_new_tokens": "sample.max_new_tokens, eval.max_new_tokens",
     "config": "the YAML file is the first argument",

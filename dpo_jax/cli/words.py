@@ -13,6 +13,9 @@ from dpo_jax.cli.word_table import VALUES, WORDS
 
 TRAINED = ("sft", "dpo")
 """The sections that "*" stands for in an answer."""
+OF_DATA = ("split", "name")
+"""Words so common that they are looked up only for data: in section `data`, in an entry of its `mix`, or without a section."""
+_OF_AN_ENTRY = ("data.train_split", "data.config", "data.columns", "data.revision")  # which an entry of data.mix has as well
 
 
 def instead(word: str, options: Collection[str]) -> str | None:
@@ -24,9 +27,12 @@ def instead(word: str, options: Collection[str]) -> str | None:
     section, _, last = name.rpartition(".")
     # "peft.r" is answered by "peft", but "lora.rnak" is a slip in a section of ours.
     above = [section] if section != "lora" else []
-    for key in (name.replace(".", "_"), *above, last, last.removeprefix("no_")):
-        if key in WORDS:
-            return _told(WORDS[key], options, section=section)
+    in_data = section in ("", "data") or section.startswith("data.mix")
+    family = ["vllm_*"] if last.startswith("vllm_") else []
+    for key in (name.replace(".", "_"), *above, last, last.removeprefix("no_"), *family):
+        if key in WORDS and (in_data or key not in OF_DATA):
+            told = _told(WORDS[key], options, section=section)
+            return told.removeprefix("data.") if section.startswith("data.mix") and told in _OF_AN_ENTRY else told
     own = [option for option in options if last in (option.partition(".")[2], option.replace(".", "_"))]
     return " or ".join(own) if own else None
 

@@ -123,6 +123,7 @@ def _conversation(
         notes.append("turns after the assistant's last one are left out")
     _check_prompt(turns, "prompt")
     (text, *texts), spans, found = _rendered(template, turns, ended, context)
+    _check_written({"prompt": turns, **ended}, [text, *texts])
     return Conversation(text, texts, spans, (*notes, *found), _digest(turns))
 
 
@@ -142,7 +143,9 @@ def chat_prompt(
     template = read_template(tokenizer, tools=tools, variables=chat_template_kwargs, where=field)
     turns = read_messages(messages, field, tokenizer)
     _check_prompt(turns, field)
-    return _asked(template, turns)
+    text = _asked(template, turns)
+    _check_written({field: turns}, [text])
+    return text
 
 
 def _implicit(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[list[Message]], int]:
@@ -191,6 +194,17 @@ def _check_completion(messages: list[Message], field: str, *, context: int) -> N
         raise BadRow(Cause.EMPTY, "every turn of the assistant has weight 0, so there is nothing to learn", field=field)
     if not any((message["content"] or "").strip() or message.get("tool_calls") for message in own):
         raise BadRow(Cause.EMPTY, "the completion is empty or blank", field=field)
+
+
+def _check_written(sides: Mapping[str, list[Message]], texts: list[str]) -> None:
+    """Raises `BadRow` if the template left out a whole side that has text, or what distinguishes two sides."""
+    written = {name: [(turn["content"] or "").strip() for turn in side] for name, side in sides.items()}
+    for (name, contents), text in zip(written.items(), texts, strict=True):
+        if not text.strip() and any(contents):
+            raise BadRow(Cause.CHAT_TEMPLATE, "the chat template writes nothing for this turn", field=name)
+    if {*written} >= {*SIDES} and written["chosen"] != written["rejected"] and texts[-2] == texts[-1]:
+        detail = "the chat template writes the same text for both, although their messages differ"
+        raise BadRow(Cause.CHAT_TEMPLATE, detail, field="chosen, rejected")
 
 
 def _asked(template: Template, turns: list[Message]) -> str:

@@ -53,7 +53,7 @@ def read_rows(
     elif name.endswith(csv_rows.SUFFIXES):
         reader = csv_rows.csv_rows(name, _without_bom(name, _lines(name, path), report=report), report=report)
     else:
-        reader = (_array_rows if _is_array(name, path) else _json_rows)(name, path, report=report)
+        reader = (_array_rows if is_array(name, path) else _json_rows)(name, path, report=report)
     for rows, row in enumerate(reader, 1):  # noqa: B007 (read after the loop)
         report.rows += 1
         yield row
@@ -87,7 +87,7 @@ def check_head(name: str, path: Path) -> None:
         refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines), or an array")
 
 
-def _is_array(name: str, path: Path) -> bool:
+def is_array(name: str, path: Path) -> bool:
     """Whether a .json file is one JSON array."""
     if not name.endswith((".json", ".json.gz")):
         return False

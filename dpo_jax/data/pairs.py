@@ -300,10 +300,12 @@ class Triage:
         total = sum(self._refused.values())
         counts = ", ".join(f"{cause} {count}" for cause, count in sorted(self._refused.items()))
         listed = "\n".join(f"  {line}" for line in self._first)
+        remedies = {Cause.CHAT_TEMPLATE: "Use another chat template", Cause.NO_ROOM: "Raise this limit"}
+        remedy = remedies.get(next(iter(self._refused)), "Fix these rows") if len(self._refused) == 1 else "Fix these rows"
         more = f"\n  ... and {total - len(self._first)} more" if total > len(self._first) else ""
         raise DataError(
             f"{total} of {self.report.read} rows cannot be used ({counts}):\n{listed}{more}\n"
-            "Fix these rows, or drop and count such rows with --data.on-bad drop.",
+            f"{remedy}, or drop and count such rows with --data.on-bad drop.",
             causes=self._refused,
         )
 

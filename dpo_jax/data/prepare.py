@@ -67,7 +67,7 @@ def encode_all(
             pair = _encode_text(preference, tokenizer, images, **limits)
             if whole:
                 _check_whole(pair, preference, tokenizer, max_length)
-            _check(pair, tokenizer, preference)
+            _check(pair, tokenizer, preference, max_length)
             _check_target(preference, tokenizer)
         except BadRow as problem:
             triage.reject(preference.uid, problem)
@@ -244,11 +244,11 @@ def _encode_text(preference: Preference, tokenizer: Any, images: ImageTokens | N
 
 def _check_whole(pair: Encoded, preference: Preference, tokenizer: _CachingTokenizer, max_length: int) -> None:
     """Raises `BadRow` if a completion of the pair was cut, or its own SFT target would be."""
-    cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut)
+    cut = max(pair.chosen_cut, pair.rejected_cut, pair.between_cut) + max(0, len(pair.prompt) - max_length)
     if (target := preference.sft_target) is not None and not tokenizer.may_hold_eos(target):
         cut = max(cut, len(pair.prompt) + len(ended_ids(target, tokenizer, chat=preference.chat)) - max_length)
     if cut > 0:
-        raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond max_length, {max_length}")
+        raise BadRow(Cause.BEYOND_MAX_LENGTH, f"{cut} tokens beyond --data.max-length, {max_length}")
 
 
 def _check_target(preference: Preference, tokenizer: _CachingTokenizer) -> None:
@@ -267,8 +267,11 @@ def _check_target(preference: Preference, tokenizer: _CachingTokenizer) -> None:
         raise BadRow(Cause.EOS_IN_TEXT, str(error).removeprefix("chosen "), field="sft_target") from error
 
 
-def _check(pair: Encoded, tokenizer: Any, preference: Preference) -> None:
+def _check(pair: Encoded, tokenizer: Any, preference: Preference, max_length: int) -> None:
     """Raises `BadRow` if the token ids form no usable pair although the texts did."""
+    if not min(map(len, pair.completions)) and len(pair.prompt) >= max_length:
+        detail = f"the prompt has {len(pair.prompt)} tokens, --data.max-length is {max_length}"
+        raise BadRow(Cause.NO_ROOM, detail, field="prompt")
     single = pair.desirable is not None
     if not single and len({ids.tobytes() for ids in pair.completions}) < len(pair.completions):
         if pair.chosen_cut or pair.rejected_cut or pair.between_cut:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import resource
 import signal
 import threading
@@ -30,12 +31,25 @@ def render(tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, generate: b
     `options` are those of `apply_chat_template`. Raises `Refused` if the template raises anything or writes nothing, and
     `Unreadable` if it exceeds the limits of time or memory. Both messages name it.
     """
-    where = f"chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
+    file = getattr(tokenizer, "template_file", None)  # set where a file replaces the tokenizer's own template
+    where = file or f"chat template of {getattr(tokenizer, 'name_or_path', '') or 'the tokenizer'}"
     with reading(where, error=Refused), bounded(where):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate, **options)
         if not isinstance(text, str) or not text:
             raise ValueError("writes no text")
         return text
+
+
+def check_syntax(where: str, source: str) -> None:
+    """Raises ValueError with the line of a template's first error of syntax, and `Unreadable` if it exceeds the limits."""
+    import jinja2
+
+    plain = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", source)  # a tag that transformers adds
+    try:
+        with bounded(where):
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(plain)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: not a Jinja template: {error.message}") from error
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 _FIRST = 100  # rows by which a format is detected
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
+_TURNS = ("prompt", "chosen", "completion", "completions", "messages")  # columns that may hold conversations
 _SHAPES = 1000  # most distinct sets of columns examined for the note on unread columns
 
 
@@ -149,41 +150,74 @@ class Peeked(NamedTuple):
     files: int
     images: str | None  # "train.jsonl:3", the first of these rows with an image; None: none
     chat: DataError | None  # the error of a tokenizer without a chat template; None: these rows need none
+    tools: str | None  # "train.jsonl:3", the first conversation with tools
+    unusable: DataError | None  # the error of rows that make a run refuse the data, as far as these rows tell
+    doubt: str | None  # a warning: none of these rows can be used, but others may be
 
 
 def peek(
-    source: str | Path, split: str, *, format: FormatName = "auto", columns: str | Mapping[str, str] | None = None
+    source: str | Path,
+    split: str,
+    *,
+    format: FormatName = "auto",
+    columns: str | Mapping[str, str] | None = None,
+    on_bad: OnBad = "refuse",
 ) -> Peeked:
-    """A look at `split` that reads at most the first 100 rows. Raises `DataError` as above."""
-    reading = _Reading(DataReport(source=readable_name(source), split=split, format=format), ColumnMap.of(columns), "drop")
+    """A look at `split` that reads at most the first 100 rows. Raises `DataError` as above, except for bad rows."""
+    report = DataReport(source=readable_name(source), split=split, format=format)
+    reading = _Reading(report, ColumnMap.of(columns), on_bad, first=_FIRST)
     files = find_files(source, split, report=reading.report)
     for name, path in files:
         check_head(name, path)
-    first, images = itertools.islice(reading.rows(files), _FIRST), list[str]()
+    first, images, tools = reading.rows(files), list[str](), list[str]()
 
     def texts() -> Iterator[tuple[str, Row]]:
         for where, row in first:
-            if reading.report.format == "trl" and names_images(row):
+            if report.format == "trl" and names_images(row):
                 images.append(where)
-            else:
-                yield where, row
+                continue
+            if row.get("tools") not in (None, "", "null", "[]", []) and any(isinstance(row.get(name), list) for name in _TURNS):
+                tools.append(where)
+            yield where, row
 
-    chat = _template_error(texts(), reading.report)
-    collections.deque(texts(), maxlen=0)  # the rows that were not needed for that
-    return Peeked(reading.report.format, len(files), next(iter(images), None), chat)
+    kept, chat = _parse(texts(), reading)
+    kept += sum(1 for _ in texts()) + (chat is not None)  # the rows that cannot be parsed without a template
+    unusable, doubt = _unusable(reading, kept + len(images))
+    return Peeked(report.format, len(files), next(iter(images), None), chat, next(iter(tools), None), unusable, doubt)
 
 
-def _template_error(rows: Iterator[tuple[str, Row]], report: DataReport) -> DataError | None:
-    """The error of the first of `rows` that needs a chat template."""
+def _parse(rows: Iterator[tuple[str, Row]], reading: _Reading) -> tuple[int, DataError | None]:
+    """The number of usable candidates up to the first of `rows` that needs a chat template, and the error of that one."""
+    kept = 0
     try:
         first = next(rows, None)  # tells the format
-        if first is not None and report.format in FORMATS:
-            collections.deque(FORMATS[report.format].candidates(itertools.chain([first], rows), tokenizer=None), maxlen=0)
+        if first is not None and reading.report.format in FORMATS:
+            found = FORMATS[reading.report.format].candidates(itertools.chain([first], rows), tokenizer=None)
+            for uid, candidate in found:
+                if isinstance(candidate, BadRow):
+                    reading.reject(uid, reading.mapped.named(candidate))
+                else:
+                    kept += 1
     except DataError as error:
         if Cause.CHAT_TEMPLATE not in error.causes:
             raise
-        return error
-    return None
+        return kept, error
+    return kept, None
+
+
+def _unusable(reading: _Reading, kept: int) -> tuple[DataError | None, str | None]:
+    """The error of bad rows among those that were read, of which `kept` are usable, or a warning if it is not certain."""
+    report = reading.report
+    report.read += kept
+    try:
+        reading.triage.finish(kept)
+    except DataError as error:
+        return DataError(f"{report.source} [{report.split}], first {report.rows:,} rows: {error}", causes=error.causes), None
+    if kept or not report.dropped:
+        return None, None
+    told = f"{report.source} [{report.split}]: none of the first {report.rows:,} rows can be used:\n{report.reasons()}".rstrip()
+    whole = report.rows < _FIRST
+    return (DataError(told, causes=[Cause.NO_ROWS]), None) if whole else (None, told)
 
 
 def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
@@ -226,8 +260,9 @@ def _begins(completion: str, prompt: str) -> bool:
 class _Reading:
     """The rows of a split with the column names of its format. Detection sets the format in the report."""
 
-    def __init__(self, report: DataReport, mapped: ColumnMap, on_bad: OnBad) -> None:
+    def __init__(self, report: DataReport, mapped: ColumnMap, on_bad: OnBad, *, first: int | None = None) -> None:
         self.report, self.mapped = report, mapped
+        self.first = first  # most rows to read; None: all
         self.triage = Triage(report, on_bad=on_bad)
         self.ignored: dict[str, None] = {}  # columns not read by the format
         self._seen: set[tuple[str, ...]] = set()
@@ -271,7 +306,9 @@ class _Reading:
                         raise row
                     yield where, self.mapped.row(row)
                 except BadRow as problem:
-                    self._reject(where, problem)
+                    self.reject(where, problem)
+                if self.first is not None and self.report.rows >= self.first:
+                    return
 
     def _columns(self, file: str, names: Sequence[str], texts: Collection[str]) -> Collection[str]:
         """The columns of a parquet file to read."""
@@ -296,13 +333,14 @@ class _Reading:
                 self._seen.add(names)
                 self.ignored |= dict.fromkeys(name for name in names if name not in reads)
             if found := unread(row, self.report.format, self.mapped):
-                self._reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
+                self.reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
                 continue
             if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
             yield where, row
 
-    def _reject(self, where: str, problem: BadRow) -> None:
+    def reject(self, where: str, problem: BadRow) -> None:
+        """Counts a row, or a candidate of it, as read and unusable."""
         self.report.read += 1
         self.triage.reject(where, problem)
 
@@ -318,6 +356,7 @@ class _Reading:
         needs += f"read them with {option}; " if option else ""
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
         remedy += "" if option else "; if they have other names, map them: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
+        remedy += "" if option else "; for sft prompt=NAME,completion=NAME or text=NAME"
         refuse(Cause.MISSING_COLUMN, where, f"{what} the columns {shown_names(row)}; {remedy}")
 
 

@@ -14,6 +14,8 @@ from dpo_jax.untrusted import special_kind
 
 CUT = "hold out a part of the train split with --data.test-share 0.05"
 _LISTED = 12  # names in a message
+_DESCRIPTIONS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets.save_to_disk`: no rows
+_SEVERAL = "several files of one split go into a folder, such as {split}/, or into data.mix"
 # "train-00000-of-00002", and as older versions of `datasets` pushed it to the Hub, "train-00000-of-00002-b21d99e2a8d3e3b0".
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d+)-of-(?P<count>\d+)(-[0-9a-f]{16})?")
 
@@ -39,7 +41,8 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
             Cause.BAD_LAYOUT, source, f"a file or a folder is needed, this is {special_kind(source)}; write it to a file first"
         )
     if not source.is_dir():
-        refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{_of_the_hub(source)}")
+        several = "; " + _SEVERAL.format(split=split) if set("*?,") & set(source.name) else ""
+        refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{several or _of_the_hub(source)}")
     layouts = find_names(_names(source), split)
     if len(layouts) != 1:
         found = "; ".join(f"{layout}: {listed(str(path) for path in paths)}" for layout, paths in layouts.items())
@@ -62,7 +65,7 @@ def split_names(source: str | Path) -> list[str]:
 
 def splits_of(names: Iterable[PurePath]) -> list[str]:
     """The splits found in file names. A file that only has a number (0000.parquet) is a part of the split of its folder."""
-    data = (path for path in names if path.name.endswith(SUFFIXES) and not _is_hidden(path))
+    data = filter(_is_data, names)
     return sorted({path.parent.name if (stem := _stem(path)).isdigit() else _split_of(stem) for path in data} - {""})
 
 
@@ -71,6 +74,7 @@ def _what_is_there(source: Path, split: str) -> str:
     splits = split_names(source)
     choose = f"; choose among the splits {listed(splits)} with --data.train-split and --data.test-split" if splits else ""
     choose += f", or {CUT}" if splits and split != "train" else ""
+    choose += "; " + _SEVERAL.format(split=split) if len(splits) > 1 else ""
     foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
     convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl), .parquet or .csv" if foreign else ""
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
@@ -116,6 +120,10 @@ def _names(folder: Path) -> list[PurePath]:
     return [path.relative_to(folder) for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
 
 
+def _is_data(path: PurePath) -> bool:
+    return path.name.endswith(SUFFIXES) and path.name not in _DESCRIPTIONS and not _is_hidden(path)
+
+
 def _is_hidden(path: PurePath) -> bool:
     """Whether a name on the path begins with a dot: an unfinished file, an editor's copy, a folder such as .cache."""
     return any(part.startswith(".") for part in path.parts)
@@ -127,7 +135,7 @@ def find_names(names: Iterable[PurePath], split: str) -> dict[str, list[PurePath
     def is_shard(path: PurePath) -> bool:
         return _stem(path) != split == _split_of(_stem(path))
 
-    data = [path for path in names if path.name.endswith(SUFFIXES) and not _is_hidden(path)]
+    data = [*filter(_is_data, names)]
     top, below = ([path for path in data if len(path.parts) == depth] for depth in (1, 2))
     layouts = {
         split: [path for path in top if _stem(path) == split],

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.data.tokenizer_steps import check_steps
 from dpo_jax.models.folder import refuse_adapter
-from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, reading
+from dpo_jax.untrusted import LIMITS, Unreadable, check_name, read_object, read_text, reading
 from dpo_jax.writing import naming, write_text
 
 if TYPE_CHECKING:
@@ -232,6 +232,16 @@ def has_template(folder: Path) -> bool:
     """Whether the tokenizer in a folder has a chat template, by its files. Raises as `check_files`."""
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
     return check_files(folder).get("chat_template") is not None or any((folder / name).exists() for name in files)
+
+
+def template_of(folder: Path) -> str | None:
+    """The source of the one chat template in a folder; None if it has none, or several. Raises as `check_files`."""
+    if (folder / "additional_chat_templates").exists():
+        return None
+    if (file := folder / "chat_template.jinja").is_file():
+        return read_text(file)
+    source = check_files(folder).get("chat_template")
+    return source if isinstance(source, str) else None
 
 
 def vocabulary_of(folder: Path) -> Mapping[str, int]:

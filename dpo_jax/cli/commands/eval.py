@@ -18,6 +18,7 @@ from dpo_jax.cli.config import Config, ConfigError, load_config
 from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_encoder, open_vision, vision_of
 from dpo_jax.cli.implicit_rewards import write_rewards
 from dpo_jax.cli.model_folders import eval_reference
+from dpo_jax.cli.preflight.inputs import naming_trained_loss
 from dpo_jax.cli.reference_pass import reference_values
 from dpo_jax.cli.training_samples import distinct_prompts, prompt_line
 from dpo_jax.data import reviews
@@ -88,7 +89,8 @@ def _load(config: Config) -> Compared:
     rows = loss_table.rows_of(config.dpo.loss)
     if config.eval.rewards and rows != "pairs":
         raise ConfigError(f"eval.rewards: judges pairs, but loss {config.dpo.loss} reads {rows}; leave out dpo.loss")
-    preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
+    with naming_trained_loss(config):
+        preferences = splits.load_split(config, "test", tokenizer, rows=rows, images=True)
     vision = _vision(config, preferences, tokenizer)
     images = vision is not None
     model = build.policy_model(config, config.dpo_reference(), tokenizer, name="eval.reference", images=images)

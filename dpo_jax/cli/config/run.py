@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from typing import Literal
 
@@ -57,6 +58,22 @@ class RunConfig:
     """Metric names for TensorBoard, wandb and Trackio: own, as in metrics.jsonl; trl, as in TRL (train/loss, ...)."""
     resume: bool = True
     """Continue from the newest good checkpoint in the run directory; otherwise refuse a directory that has one."""
+
+    def half_given(self) -> str | None:
+        """What is wrong with the options of `distributed: auto` on this machine; None if all three are set, or none.
+
+        Those left out are read from the environment, as the run does.
+        """
+        variables = {
+            "coordinator": "JAX_COORDINATOR_ADDRESS",
+            "num_processes": "JAX_NUM_PROCESSES",
+            "process_id": "JAX_PROCESS_ID",
+        }
+        given = {field for field, name in variables.items() if getattr(self, field) is not None or os.environ.get(name)}
+        missing = [f"run.{field}" for field in variables if field not in given]
+        if self.distributed == "off" or len(missing) in (0, 3):
+            return None
+        return f"{', '.join(missing)} not given, but {', '.join(f'run.{field}' for field in variables if field in given)}"
 
     def check(self) -> Iterator[Problem]:
         if not self.dir.strip():

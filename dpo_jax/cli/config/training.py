@@ -21,6 +21,8 @@ OptimizerConfig: Any = dataclasses.make_dataclass(
     ],
     frozen=True,
 )
+ALTERNATIVES = (("warmup_ratio", "warmup_steps"), ("steps", "epochs"))
+"""Pairs of options that say the same in two ways: only one of them may be set."""
 HIGHER = ("rewards/accuracies", "rewards/margins")
 """Held-out metrics for which higher is better."""
 
@@ -120,7 +122,7 @@ class TrainingConfig(OptimizerConfig):
             return
         if not 0 <= self.warmup_ratio <= 1:
             yield "warmup_ratio", f"must be between 0 and 1, got {self.warmup_ratio}"
-        if self.warmup_steps != TrainingConfig.warmup_steps:
+        if self.warmup_steps not in (0, TrainingConfig.warmup_steps):  # 0 is TRL's default beside a ratio
             yield "warmup_ratio", f"set warmup_ratio or warmup_steps, not both (warmup_steps is {self.warmup_steps})"
 
 

@@ -43,6 +43,8 @@ def empty_rows(section: TrainingConfig, row_shards: int) -> str | None:
 
 def devices(check: Check) -> None:
     config, count = check.config, check.scope.devices
+    if check.scope.elsewhere is None and (half := config.run.half_given()) is not None:
+        raise ConfigError(f"run.distributed: {half}: give all three or none")
     if config.run.devices == "single":
         if config.run.distributed == "auto" and count is not None and count > MOST_OF_A_HOST:
             raise ConfigError(f"run.devices: single uses one device, but {count} are on several hosts; use mesh or pmap")

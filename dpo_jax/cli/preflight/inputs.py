@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ class Check:
         self.train_files: dict[str, int] | None = None  # "file NAME, bytes", as `data_report.json` names them
         self.images: str | None = None  # the first place with an image in the data that were read
         self.chat: DataError | None = None  # what to say if the tokenizer has no chat template
+        self.tools: str | None = None  # the first place with a conversation that has tools
         self.decoders: dict[str, DecoderConfig] = {}  # of the models that are known, by origin
 
     @contextmanager
@@ -113,8 +115,9 @@ def data(*splits: str, preferences: bool = False) -> Callable[[Check], None]:
             check.rows = most(counts["train"], data.max_train) if each == 1 else None
             check.tell("data", f"generated {data.source.replace('_', ' ')}: {', '.join(told)}")
             return
-        for part in data.parts():
-            _source(check, part, splits)
+        with naming_trained_loss(check.config) if check.name == "eval" else nullcontext():
+            for part in data.parts():
+                _source(check, part, splits)
 
     return look
 
@@ -164,13 +167,20 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         kind, rows = "TFDS", _tfds_rows(path, name)
         check_kind(stated, wanted, where=f"{path} [{name}]")
     else:
-        format, files, shown, chat = peek(path, name, format=part.format or "auto", columns=part.columns)
+        on_bad = "drop" if check.name == "audit" else data.on_bad  # audit counts bad rows
+        found = peek(path, name, format=part.format or "auto", columns=part.columns, on_bad=on_bad)
+        format, files, shown = found[:3]
         if shown is not None and check.name not in READ_IMAGES:
             raise ConfigError(f"{shown}: {NO_IMAGES}")
-        check.images, check.chat = check.images or shown, check.chat or chat
+        check.images, check.chat = check.images or shown, check.chat or found.chat
+        check.tools = check.tools or (found.tools if found.chat else None)
         stated = FORMATS[format].rows if format in FORMATS else "pairs"
         remedy = TFDS_OF_PAIRS if check.name == "prepare" else None
         check_kind(stated, wanted, where=f"{path} [{name}] (format {format})", remedy=remedy)
+        if found.unusable is not None:
+            raise found.unusable
+        if found.doubt is not None:
+            check.warn(found.doubt)
         images = ", with images" if shown is not None else ""
         kind, rows = f"{format}{images}, {files} {'file' if files == 1 else 'files'}", _rows(path, name)
         if split == "train" and not data.mix:
@@ -183,6 +193,22 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         check.rows = most(rows, limit)
     number = f", {rows:,} rows" if rows is not None else ""
     return f"{name} ({kind}{number}{f', the first {limit:,} used' if limit is not None else ''})"
+
+
+@contextmanager
+def naming_trained_loss(config: Config) -> Iterator[None]:
+    """A context that adds to an error of `eval` on rows of another kind the loss with which the run was trained."""
+    from dpo_jax.data.pairs import Cause, DataError
+
+    try:
+        yield
+    except DataError as error:
+        trained = None if config.eval.policy is not None else model_folders.trained_section(config)
+        rows_differ = trained is not None and loss_table.rows_of(trained.loss) != loss_table.rows_of(config.dpo.loss)
+        if trained is None or not rows_differ or Cause.MISSING_COLUMN not in error.causes:
+            raise
+        told = f"{error}; this run was trained with --dpo.loss {shlex.quote(trained.loss)}: set it for eval, too"
+        raise DataError(told, causes=error.causes) from error
 
 
 def rows_wanted(check: Check) -> Wanted:
@@ -233,7 +259,9 @@ def _files(path: str, split: str) -> list[tuple[str, Path]]:
 
 
 def _rows(path: str, split: str) -> int | None:
-    """Number of rows in a split of plain files; None if counting would take long, or lines are not rows (CSV)."""
+    """Number of rows in a split of plain files; None if counting would take long, or lines are not rows (CSV, JSON arrays)."""
+    from dpo_jax.data.files import is_array
+
     files = [file for _, file in _files(path, split)]
     if all(file.suffix == ".parquet" for file in files):
         from dpo_jax.data.parquet import declared_rows
@@ -242,6 +270,7 @@ def _rows(path: str, split: str) -> int | None:
     if (
         any(file.suffix in (".gz", ".parquet", ".csv", ".tsv") for file in files)
         or sum(f.stat().st_size for f in files) > LINES_BYTES
+        or any(is_array(file.name, file) for file in files)
     ):
         return None
     rows = 0

@@ -10,7 +10,8 @@ from dpo_jax.cli import model_folders
 from dpo_jax.cli.config import Config, ConfigError
 from dpo_jax.cli.preflight.inputs import Check, note_misspelled
 from dpo_jax.cli.vision import check_mesh, encoder_settings, no_encoder
-from dpo_jax.untrusted import Unreadable
+from dpo_jax.data.rendering import check_syntax
+from dpo_jax.untrusted import Unreadable, read_text
 
 
 def model(option: str, value: Callable[[Config], str | None], *, expected: bool = False) -> Callable[[Check], None]:
@@ -50,27 +51,47 @@ def template(start: Callable[[Config], str | None]) -> Callable[[Check], None]:
     def look(check: Check) -> None:
         if check.chat is None:
             return
-        if check.config.tokenizer.chat_template is not None:
+        if (file := check.config.tokenizer.chat_template) is not None:
+            if Path(file).is_file() and not check.scope.hides(file):
+                _check_source(check, f"tokenizer.chat_template: {file}", read_text(file))
             return
         path = check.config.tokenizer.path or start(check.config)
-        if path is None or _lacks_template(path):  # without a path, a tokenizer is trained, which has none
+        if path is None or _lacks_template(check, path):  # without a path, a tokenizer is trained, which has none
             raise check.chat
 
     return look
 
 
-def _lacks_template(path: str) -> bool:
-    """Whether the tokenizer of a local folder has no chat template; of an adapter's base, if the adapter has no tokenizer."""
-    from dpo_jax.data.tokenizer import has_template
+def _check_source(check: Check, where: str, source: str) -> None:
+    """Raises `ConfigError` for a template that cannot be parsed, or that does not write the tools of the data."""
+    try:
+        check_syntax(where, source)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if check.tools is not None and "tools" not in source:
+        detail = "has tools, which the chat template does not write: use a template that does, or leave the column tools out"
+        raise ConfigError(f"{where}: {check.tools} {detail}")
+
+
+def _lacks_template(check: Check, path: str) -> bool:
+    """Whether the tokenizer of a local folder has no chat template; of an adapter's base, if the adapter has no tokenizer.
+
+    A template that is there is checked.
+    """
+    from dpo_jax.data.tokenizer import has_template, template_of
     from dpo_jax.models.folder import adapter_base, local_folder
 
     try:
         folder = local_folder(path)
         if folder is not None and not (folder / "tokenizer.json").is_file() and (base := adapter_base(folder)) is not None:
             folder = local_folder(base)
-        return folder is not None and not has_template(folder)
+        lacks = folder is not None and not has_template(folder)
+        source = template_of(folder) if folder is not None else None
     except (OSError, ValueError):  # reported where the folder itself is checked
         return False
+    if source is not None:
+        _check_source(check, f"chat template of {path}", source)
+    return lacks
 
 
 def _remember(check: Check, path: str | None) -> None:
