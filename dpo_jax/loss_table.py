@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from dpo_jax.option import Option
-from dpo_jax.own_loss import find, is_own
+from dpo_jax.own_loss import file_of, find, is_own
 
 RowKind = Literal["pairs", "unpaired", "rankings"]
 """The kind of example a loss takes: two completions, a single one that is desirable or not, or K completions, best first."""
@@ -57,7 +57,12 @@ class Term(NamedTuple):
 
     @property
     def loss(self) -> Loss:
-        return LOSSES[self.name] if self.name in LOSSES else own_loss(self.name)
+        if self.name in LOSSES:
+            return LOSSES[self.name]
+        try:
+            return own_loss(self.name)
+        except ValueError:  # of a run whose file is gone; who would train with it calls `own_problems`
+            return Loss(self.name, tuple(OPTIONS), "a function that is not there any more", "")
 
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -243,14 +248,12 @@ def terms(text: str) -> list[Term]:
     for part in text.split("+"):
         weight, star, name = part.rpartition("*")
         name = name.strip()
-        if name not in LOSSES and is_own(name):
-            own_loss(name)
-        elif name not in LOSSES:
+        if name not in LOSSES and not is_own(name):
             close = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.6)
             hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ValueError(
-                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, or FILE.py:FUNCTION of your own, "
-                f"got the text {name!r}{hint}"
+                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, or FILE.py:FUNCTION of your own (its path "
+                f"without + and *), got the text {name!r}{hint}"
             )
         try:
             value = float(weight) if star else 1.0
@@ -285,10 +288,19 @@ def own_loss(name: str) -> Loss:
     )
 
 
+def own_problems(text: str) -> Iterator[str]:
+    """What is wrong with the losses of your own in a text: no such file or function, or an argument that nobody gives."""
+    for term in terms(text):
+        try:
+            own_loss(term.name) if is_own(term.name) else None
+        except ValueError as error:
+            yield str(error)
+
+
 def own_files(text: str) -> list[Path]:
-    """The files of the losses of your own in a text; none for an invalid text."""
+    """The files of the losses of your own in a text, whether they are there or not; none for an invalid text."""
     try:
-        return [find(term.name).file for term in terms(text) if is_own(term.name)]
+        return [file_of(term.name) for term in terms(text) if is_own(term.name)]
     except ValueError:
         return []
 

@@ -6,7 +6,9 @@ This module imports neither JAX nor numpy, so that `--help` and checks answer at
 from __future__ import annotations
 
 import ast
-import importlib.util
+import hashlib
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +28,14 @@ def is_own(name: str) -> bool:
     return ".py:" in name
 
 
+def file_of(name: str) -> Path:
+    return Path(name.rpartition(":")[0]).expanduser()
+
+
 def find(name: str) -> OwnLoss:
     """The function with this name. ValueError, with the place, if the file cannot be read or has no such function."""
     path, _, function = name.rpartition(":")
-    file = Path(path).expanduser()
+    file = file_of(name)
     try:
         tree = ast.parse(file.read_bytes())
     except OSError as error:
@@ -53,25 +59,41 @@ def find(name: str) -> OwnLoss:
     return OwnLoss(file, function, tuple(required), tuple(optional))
 
 
+_LOADED: dict[Path, str] = {}  # SHA-256 of each file as it was loaded last
+
+
 def load(name: str) -> Callable[..., Any]:
     """Runs the file and returns its function. ValueError, naming the line, for any error in it."""
     found = find(name)
-    spec = importlib.util.spec_from_file_location(f"own_loss_{found.file.stem}", found.file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    content, file = found.file.read_bytes(), found.file.absolute()
+    digest = hashlib.sha256(content).hexdigest()
+    module = types.ModuleType(f"own_loss_{digest[:12]}")
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
-        spec.loader.exec_module(module)
+        exec(compile(content, str(file), "exec"), module.__dict__)
+        function = getattr(module, found.function)
     except Exception as error:
-        raise ValueError(f"{place_of(error, found.file)}: {type(error).__name__}: {error}") from error
-    return getattr(module, found.function)
+        del sys.modules[module.__name__]
+        raise ValueError(described(error, found.file)) from error
+    _LOADED[file] = digest
+    return function
 
 
-def place_of(error: BaseException, file: Path) -> str:
-    """`FILE:LINE` of the last line of `file` in the traceback of an error; the file alone if it is not there."""
+def digest_of(file: Path) -> str | None:
+    """SHA-256 of a file as it was loaded last, even if it has changed since; else as it is. None if it is not there."""
+    if (known := _LOADED.get(file.absolute())) is not None:
+        return known
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def described(error: BaseException, file: Path) -> str:
+    """An error in one line, after the last line of `file` in its traceback: `mine.py:3: TypeError: ...`."""
     lines, trace = [], error.__traceback__
     while trace is not None:
-        if Path(trace.tb_frame.f_code.co_filename) == file:
+        if Path(trace.tb_frame.f_code.co_filename) == file.absolute():
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
-    return f"{file}:{lines[-1]}" if lines else f"{file}"
+    place = f"{file}:{lines[-1]}" if lines else f"{file}"
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{place}: {type(error).__name__}" + (f": {message}" if message else "")

@@ -11,8 +11,8 @@ from tiny_run import bytes_of, call, refused
 from tiny_run import done as done
 
 from dpo_jax import loss_table
-from dpo_jax.cli import build
-from dpo_jax.cli.config import ConfigError, DpoConfig
+from dpo_jax.cli import build, identity
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, load_config
 from dpo_jax.losses import dpo_loss, named_loss, required_inputs
 from dpo_jax.runtime.metrics import read_metrics
 
@@ -69,9 +69,25 @@ def test_its_arguments_say_what_it_reads(tmp_path):
     assert loss_table.terms(free)[0].loss.options == ()
 
 
+def test_a_file_is_a_module_and_known_as_it_was_loaded(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Gain:\n    value: float = 2.0\n"
+        "def f(logps, ref_logps):\n    return Gain().value * (logps - ref_logps).sum(1), logps\n"
+    )
+    config = Config(dpo=DpoConfig(loss=f"{file}:f"))
+    first = identity.settings(config, config.dpo)
+    np.testing.assert_allclose(build.make_loss(config.dpo)(LOGPS, REF)[0], 2 * (LOGPS - REF).sum(1))
+    file.write_text(file.read_text().replace("2.0", "3.0"))  # while a command computes the reference pass
+    assert identity.settings(config, config.dpo) == first
+    build.make_loss(config.dpo)
+    assert identity.settings(config, config.dpo)[f"loss file {file}"] != first[f"loss file {file}"]
+
+
 @pytest.mark.parametrize(
     ("content", "named", "message"),
     [
+        ("def f(a, b):\n  assert len(a) == 3", "f", r"mine.py:2: AssertionError$"),
         (None, "f", r"mine.py: No such file or directory"),
         ("def g(a, b): ...", "f", r"mine.py has no function 'f' at its top level; it has g"),
         ("def f(a, b):\n  return (", "f", r"mine.py:2: '\(' was never closed"),
@@ -84,11 +100,13 @@ def test_its_arguments_say_what_it_reads(tmp_path):
         ("def f(a, b):\n  return a.mean(1), a[:, :1]", "f", r"for 2 pairs it returns \[\(2,\), \(2, 1\)\]"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_read(tmp_path, content, named, message):
+def test_what_is_wrong_is_said_before_anything_is_read(tmp_path, content, named, message, monkeypatch):
     if content is not None:
         (tmp_path / "mine.py").write_text(content)
-    with pytest.raises(ConfigError, match=f"dpo.loss: .*{message}"):
-        build.make_loss(DpoConfig(loss=f"{tmp_path}/mine.py:{named}"))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path, "."):
+        with pytest.raises(ConfigError, match=f"dpo.loss: .*{message}"):
+            build.make_loss(DpoConfig(loss=f"{folder}/mine.py:{named}"))
 
 
 def test_a_run_with_a_loss_of_a_file_is_that_of_the_named_one_until_the_file_changes(done, tmp_path, file):
@@ -107,6 +125,11 @@ def test_a_run_with_a_loss_of_a_file_is_that_of_the_named_one_until_the_file_cha
     file.write_text(MINE.replace("rewards[:, 0] -", "0.9 * rewards[:, 0] -"))
     assert f"loss file {file}: was " in refused(2, *words)
     assert bytes_of(tmp_path / "run/dpo/export") == export
+    file.unlink()
+    assert "mine.py: No such file or directory" in refused(2, *words)
+    config = load_config(tmp_path / "run/dpo/config.yaml")  # other commands read this record of the run
+    assert (config.dpo.loss, loss_table.own_files(config.dpo.loss)) == (f"{file}:again", [file])
+    file.write_text(MINE)
     assert (
         call("eval", done.config, *start, "--eval.policy", tmp_path / "run/dpo/export", *words[-2:], "--eval.samples", 0).code
         == 0

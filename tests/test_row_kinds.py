@@ -221,11 +221,10 @@ def test_a_mismatched_completion_is_the_next_one_of_another_prompt_with_the_same
             Encoded(of[p], of[c], of[c], desirable=bool(y)) for p, c, y in zip(prompts, completions, label, strict=True)
         ]
         for place, found in enumerate(mismatched(examples, max_length=9)):
-            others = [(place + step) % count for step in range(1, count)] or [place]
-            alike = [i for i in others if label[i] == label[place]] or [place]
-            others = alike if any(prompts[i] != prompts[place] for i in alike) else others
+            others = [(place + step) % count for step in range(1, count)]
             fit = [i for i in others if prompts[i] != prompts[place] and completions[i] != completions[place]]
-            np.testing.assert_array_equal(found.rejected, of[completions[(fit or others)[0]]])
+            fit = [i for i in fit if label[i] == label[place]] or fit or [(place + 1) % count]
+            np.testing.assert_array_equal(found.rejected, of[completions[fit[0]]])
             np.testing.assert_array_equal(found.chosen, examples[place].chosen)
 
 
@@ -233,6 +232,13 @@ def test_the_mismatched_completions_of_pairs_are_as_often_chosen_ones_as_rejecte
     pairs = [{"prompt": f"Name fruit {n}.", "chosen": f" Apple {n}.", "rejected": f" Brick {n}."} for n in range(6)]
     found = encode_all(load(tmp_path, *pairs, rows="unpaired"), tokenizer, **LIMITS)
     assert [tokenizer.decode(one.rejected[:6]).split()[0] for one in found] == ["Apple", "Brick"] * 6
+
+
+def test_an_answer_that_its_own_prompt_has_is_no_mismatched_one():
+    of = [np.array([1, i], np.int32) for i in range(7)]
+    rows = [(0, 3, True), (1, 4, True), (0, 6, False), (1, 6, False), (2, 6, False)]  # one refusal everywhere
+    found = mismatched([Encoded(of[p], of[c], of[c], desirable=y) for p, c, y in rows], max_length=9)
+    assert [one.rejected[1] for one in found] == [4, 3, 4, 3, 3]
 
 
 def test_a_mismatched_completion_leaves_room_for_the_prompt():

@@ -37,7 +37,7 @@ from dpo_jax.models.folder import adapter_base, check_kind
 from dpo_jax.models.hf import end_tokens, load_config, read_weights, variable_shapes
 from dpo_jax.models.hub import resolve, tokenizer_folder
 from dpo_jax.models.logical_axes import whole_heads
-from dpo_jax.own_loss import place_of
+from dpo_jax.own_loss import described
 from dpo_jax.rounding import stochastic_rounding
 from dpo_jax.runtime.compiling import keep_programs, report_compiling
 from dpo_jax.runtime.hosts import HostsError, first_goes_first, is_first, shared_digest, start
@@ -340,8 +340,7 @@ def _try_loss(loss: PreferenceLoss, name: str, file: Path) -> None:
         found = jax.eval_shape(loss, pairs, pairs, **needed)
         shapes = [tuple(one.shape) for one in found] if isinstance(found, tuple) else found
     except Exception as error:
-        place = place_of(error, file)
-        raise ConfigError(f"dpo.loss: {place}: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"dpo.loss: {described(error, file)}") from error
     if shapes != [(2,), (2, 2)]:
         raise ConfigError(
             f"dpo.loss: {name} must return (losses float[P], rewards float[P, 2]); for 2 pairs it returns {shapes}"

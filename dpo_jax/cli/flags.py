@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+from dpo_jax import loss_table
 from dpo_jax.cli import config as options
 from dpo_jax.cli import words
 from dpo_jax.cli.command_table import COMMANDS, NO_DEVICES, SHORT, Command
@@ -44,6 +45,8 @@ def parse(name: str, args: list[str]) -> Config:
         place = f"{path}:{kept['dpo.policy']}: " if "dpo.policy" in kept else ""
         raise ConfigError(f"{place}dpo.policy: model stands for the model of model.path, which is not set: set model.path")
     options.check(changed, lines=kept, path=path, needs=needs)
+    if {"dpo", "dpo.loss"} & set(command.reads) and (wrong := [*loss_table.own_problems(changed.dpo.loss)]):
+        raise ConfigError("\n".join(f"dpo.loss: {problem}" for problem in wrong))
     places = {field: f"{path}:{line}: " for field, line in kept.items()}
     _refuse_unread_mesh(name, changed, places=places, overruled=changed.run.devices != config.run.devices)
     return changed

@@ -15,6 +15,7 @@ from dpo_jax.cli.config import Config, ConfigError, TrainingConfig
 from dpo_jax.data.chat_date import writes_date
 from dpo_jax.data.pairs import DataReport
 from dpo_jax.data.tokenizer import tokenizer_digest
+from dpo_jax.own_loss import digest_of
 from dpo_jax.training.fingerprint import HELD_OUT, RunMismatch
 
 NEITHER = {"policy", "reference", "microbatches", "eval_samples"}
@@ -32,9 +33,13 @@ def settings(config: Config, section: TrainingConfig) -> dict[str, Any]:
     options = {name: value for name, value in dataclasses.asdict(section).items() if name not in NEITHER}
     lora = dataclasses.asdict(config.lora) if config.lora.rank is not None else {"rank": None}
     options |= {f"lora.{name}": value for name, value in lora.items()}
-    for file in loss_table.own_files(options.get("loss", "")) if section.name == "dpo" else ():
-        options[f"loss file {file}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    options |= loss_files(options["loss"]) if section.name == "dpo" else {}
     return {**options, "seed": config.run.seed, "precision": config.run.precision}
+
+
+def loss_files(loss: str) -> dict[str, str | None]:
+    """A digest of each file of a loss of your own, as it was loaded: `{"loss file mine.py": ...}`."""
+    return {f"loss file {file}": digest_of(file) for file in loss_table.own_files(loss)}
 
 
 def settings_shown(config: Config, task: str) -> dict[str, Any]:

@@ -14,9 +14,8 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
     It is that of the next example (cyclically) with the same label, a different prompt and a different completion, cut to
     `max_length` tokens with this prompt. Its scored tokens stay the same. So the mismatched completions are as often desirable
     as the others: KTO's estimate of the KL would follow the desirable ones alone if each half of a pair took the next one's
-    chosen completion. If all of a label have one prompt, that of the next example with any label is taken; if all have one
-    prompt or one completion, that of the next example. The rule depends only on the order of the data, so a resumed run and
-    the reference cache find the same.
+    chosen completion. If there is none with this label, one with the other label is taken, and if there is none at all, that
+    of the next example. The rule depends only on the order of the data, so a resumed run and the reference cache find the same.
 
     >>> ids = [np.int32([i, 0]) for i in range(1, 9)]
     >>> one, two, three = (Encoded(ids[p], ids[c], ids[c], desirable=True) for p, c in ((0, 4), (0, 5), (1, 6)))
@@ -26,13 +25,17 @@ def mismatched(examples: Sequence[Encoded], *, max_length: int) -> list[Encoded]
     by_label: dict[bool, list[int]] = {}
     for number, example in enumerate(examples):
         by_label.setdefault(bool(example.desirable), []).append(number)
-    source = list(range(len(examples)))
+    source: list[int | None] = [None] * len(examples)
     for members in by_label.values():
-        alike = [examples[number] for number in members]
-        found = dict(enumerate(_next_mismatched(examples))) if one_prompt(alike) else {}
-        for number, place in zip(members, _next_mismatched(alike), strict=True):
-            source[number] = found.get(number, members[place])
-    return [_with_completion_of(example, examples[place], max_length) for example, place in zip(examples, source, strict=True)]
+        for number, place in zip(members, _next_mismatched([examples[number] for number in members]), strict=True):
+            source[number] = None if place is None else members[place]
+    if None in source:
+        every = _next_mismatched(examples)
+        source = [every[number] if place is None else place for number, place in enumerate(source)]
+    following = [(number + 1) % len(examples) if place is None else place for number, place in enumerate(source)]
+    return [
+        _with_completion_of(example, examples[place], max_length) for example, place in zip(examples, following, strict=True)
+    ]
 
 
 def _with_completion_of(example: Encoded, other: Encoded, max_length: int) -> Encoded:
@@ -44,14 +47,14 @@ def _with_completion_of(example: Encoded, other: Encoded, max_length: int) -> En
     return dataclasses.replace(example, rejected=completion[:end], rejected_scored=scored)
 
 
-def _next_mismatched(examples: Sequence[Encoded]) -> list[int]:
-    """For each example: the place of the next one (cyclically) with another prompt and another completion, or of the next."""
+def _next_mismatched(examples: Sequence[Encoded]) -> list[int | None]:
+    """For each example: the place of the next one (cyclically) with another prompt and another completion; None without one."""
     count = len(examples)
     prompts, completions = (
         list(keys) for keys in zip(*((prompt_key(one), one.chosen.tobytes()) for one in examples), strict=True)
     )
     past_prompt, past_completion = _next_other(prompts), _next_other(completions)
-    found = []
+    found: list[int | None] = []
     for number in range(count):
         place = number + 1
         while place < number + count:
@@ -62,9 +65,7 @@ def _next_mismatched(examples: Sequence[Encoded]) -> list[int]:
                 place = past_completion[place]
             else:
                 break
-        else:
-            place = number + 1
-        found.append(place % count)
+        found.append(place % count if place < number + count else None)
     return found
 
 

@@ -46,7 +46,8 @@ def named_loss(text: str, **options: Any) -> PreferenceLoss:
     if unknown := sorted({*options} - {*loss_table.OPTIONS}):
         raise ValueError(f"{', '.join(unknown)}: unknown option; losses have {', '.join(loss_table.OPTIONS)}")
     values = {name: options.get(name, option.default) for name, option in loss_table.OPTIONS.items()}
-    if found := [f"{name}: {problem}" for name, problem in loss_table.problems(text, values)]:
+    found = [f"{name}: {problem}" for name, problem in loss_table.problems(text, values)]
+    if found := found or [*loss_table.own_problems(text)]:
         raise ValueError("\n".join(found))
     parts = []
     for term in loss_table.terms(text):

@@ -167,7 +167,7 @@ def fit(
         if evaluates_first:
             verdict, interrupted = evaluate(start)
             if interrupted:
-                raise _stopped(interrupted, start, saved=checkpoints is not None)
+                raise _stopped(interrupted, start, saved=checkpoints is not None and start > 0)
             if verdict.stop or start == total_steps:
                 end(start)
                 return state
@@ -232,7 +232,7 @@ def _is_due(done: int, every: int) -> bool:
 
 def _stopped(number: int, done: int, *, saved: bool) -> Preempted:
     kind = Interrupted if number == signal.SIGINT else Preempted
-    where = "the state is saved" if saved else "nothing is saved, as no checkpoints were given"
+    where = "the state is saved" if saved else "nothing is saved"
     return kind(f"stopped by {signal.Signals(number).name} after {done} steps; {where}", step=done)
 
 

@@ -50,7 +50,7 @@ class Options(NamedTuple):
     new_tokens: int  # T
     ends: tuple[int, ...]
     cache_dtype: Any
-    choice: dict[str, Any]  # options of `token_draw.choose`
+    choice: dict[str, Any]  # options of `draw.choose`
 
 
 class _Loop(NamedTuple):

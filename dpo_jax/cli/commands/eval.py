@@ -15,6 +15,7 @@ from dpo_jax import loss_table
 from dpo_jax.cli import build, splits
 from dpo_jax.cli.card import dpo_card, with_digest
 from dpo_jax.cli.config import Config, ConfigError, load_config
+from dpo_jax.cli.identity import loss_files
 from dpo_jax.cli.images import Vision, check_same_encoder, encode_shown, has_encoder, open_vision, vision_of
 from dpo_jax.cli.implicit_rewards import write_rewards
 from dpo_jax.cli.model_folders import eval_reference
@@ -255,7 +256,7 @@ def _update_card(config: Config, report: dict[str, Any], held_out: Sequence[Enco
     try:
         with RunDir(Path(config.run.dir) / "dpo") as run_dir:
             trained = load_config(run_dir.config)
-            if _settings(trained) != _settings(config):
+            if _trained_settings(config, trained) != _settings(config):
                 print(f"{run_dir.card} is left as it is: the run was trained with {_settings(trained)}")
                 return
             if _other_pairs(config, held_out):
@@ -266,6 +267,13 @@ def _update_card(config: Config, report: dict[str, Any], held_out: Sequence[Enco
             write_text(run_dir.export / "README.md", card)
     except (RunLocked, ConfigError) as error:  # a run that is training again, or a copied folder
         print(f"the model card is left as it is: {error}")
+
+
+def _trained_settings(config: Config, trained: Config) -> dict[str, Any]:
+    """Those of the run's training, with the files of its loss as they were then."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    files = {name: value for name, value in found[1]["fingerprint"].items() if name.startswith("loss file ")} if found else {}
+    return _settings(trained) | files
 
 
 def _other_pairs(config: Config, held_out: Sequence[Encoded]) -> bool:
@@ -279,6 +287,7 @@ def _settings(config: Config) -> dict[str, Any]:
     """Settings on which the table depends, besides weights and data."""
     return {
         "loss": config.dpo.loss,
+        **loss_files(config.dpo.loss),
         "ld_alpha": config.dpo.ld_alpha,
         **config.dpo.loss_options(),
         "reference": config.dpo_reference(),

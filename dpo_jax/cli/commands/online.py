@@ -59,7 +59,7 @@ def run(config: Config) -> int:
     refuse_unfit(config)
     section = config.online.training(config.dpo)
     with build.open_run(config, "online") as run_dir:
-        saved, loss = earlier_run(config, "online", section), build.make_loss(section)
+        loss, saved = build.make_loss(section), earlier_run(config, "online", section)
         compare = compare_of(config, run_dir)
         learned = _learned(config)
         reward = None if compare else learned if config.online.reward == "reward-model" else None

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from dpo_jax import loss_table
 from dpo_jax.cli import finished, fixed, identity, model_folders
 from dpo_jax.cli.agree_files import judge_files, key_file, rating_files
 from dpo_jax.cli.command_table import COMMANDS
@@ -98,6 +99,11 @@ def _refuse_another_run(check: Check, task: str, folder: Path) -> None:
     except ConfigError:  # none, or of another version
         return
     was, now = (identity.settings(one, getattr(one, task)) for one in (before, check.config))
+    if loss_table.own_files(check.config.dpo.loss):
+        from dpo_jax.runtime.checkpoint import newest_meta
+
+        newest = newest_meta(check.config.checkpoints_of(task)) or (0, {"fingerprint": {}})
+        was |= {name: value for name, value in newest[1]["fingerprint"].items() if name.startswith("loss file ")}
     with identity.refusing_mismatch():
         check_settings(str(folder), was, now)
     try:
