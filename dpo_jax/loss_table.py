@@ -252,7 +252,7 @@ def terms(text: str) -> list[Term]:
             close = difflib.get_close_matches(name, LOSSES, n=1, cutoff=0.6)
             hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ValueError(
-                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, or FILE.py:FUNCTION of your own (its path "
+                f"expected one of {', '.join(LOSSES)}, or a sum such as dpo + 0.1*sft, or FILE.py:FUNCTION of your own (path "
                 f"without + and *), got the text {name!r}{hint}"
             )
         try:

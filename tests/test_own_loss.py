@@ -72,7 +72,7 @@ def test_its_arguments_say_what_it_reads(tmp_path):
 def test_a_file_is_a_module_and_known_as_it_was_loaded(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from __future__ import annotations\nimport dataclasses\n\n@dataclasses.dataclass\nclass Gain:\n    value: float = 2.0\n"
+        "from __future__ import annotations\nimport dataclasses\n@dataclasses.dataclass\nclass Gain:\n    value: float = 2.0\n"
         "def f(logps, ref_logps):\n    return Gain().value * (logps - ref_logps).sum(1), logps\n"
     )
     config = Config(dpo=DpoConfig(loss=f"{file}:f"))
