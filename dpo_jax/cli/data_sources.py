@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_jax.cli.config import Config, ConfigError, MixConfig
-from dpo_jax.cli.fixed import of_first_host
 from dpo_jax.data.hash_split import take_side
 from dpo_jax.data.hub_files import HubData, HubError, is_dataset_id, open_dataset
 from dpo_jax.data.mixture import mix, source_names
@@ -19,6 +18,7 @@ from dpo_jax.data.row_kinds import Wanted, check_ranking_lengths, split_pairs
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.splits import has_split
 from dpo_jax.data.tfds_folder import find_tfds, split_rows, tfds_folders
+from dpo_jax.runtime.hosts import run_on_first
 from dpo_jax.runtime.progress import reported
 
 Side = Literal["train", "test"]
@@ -185,7 +185,7 @@ def _opened(config: Config, part: MixConfig) -> HubData:
     """The content of a Hub data set; both splits and all hosts see the same commit."""
     with _naming_option(config), reported(f"asking the Hub for {part.path}"):
         found = _listing(part.path, part.revision, part.config)
-        if config.run.distributed == "auto" and (commit := of_first_host(found.revision)) != found.revision:
+        if config.run.distributed == "auto" and (commit := run_on_first(lambda: found.revision)) != found.revision:
             found = _listing(part.path, commit, part.config)
         return found
 

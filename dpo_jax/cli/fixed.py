@@ -35,7 +35,7 @@ def fix(config: Config) -> Config:
     record = _read(Path(config.run.dir) / NAME) or {"date": datetime.date.today().isoformat(), "revisions": {}}
     if config.data.date is None:
         several = config.run.distributed == "auto"
-        config = _with(config, "data.date", of_first_host(record["date"]) if several else record["date"])
+        config = _with(config, "data.date", _of_first_host(record["date"]) if several else record["date"])
     for option, path in _hub_ids(config):
         if path in record["revisions"]:
             config = _with(config, option, f"{path}@{record['revisions'][path]}")
@@ -72,7 +72,7 @@ def check(config: Config) -> None:
     _read(Path(config.run.dir) / NAME)
 
 
-def of_first_host(text: str) -> str:
+def _of_first_host(text: str) -> str:
     """The first host's text: hosts without a shared disk may have started on two sides of midnight, or of a commit."""
     from dpo_jax.runtime.hosts import run_on_first
 
