@@ -18,7 +18,6 @@ from dpo_jax.data.row_kinds import Wanted, check_ranking_lengths, split_pairs
 from dpo_jax.data.sources import load_preferences
 from dpo_jax.data.splits import has_split
 from dpo_jax.data.tfds_folder import find_tfds, split_rows, tfds_folders
-from dpo_jax.runtime.hosts import run_on_first
 from dpo_jax.runtime.progress import reported
 
 Side = Literal["train", "test"]
@@ -185,9 +184,12 @@ def _opened(config: Config, part: MixConfig) -> HubData:
     """The content of a Hub data set; both splits and all hosts see the same commit."""
     with _naming_option(config), reported(f"asking the Hub for {part.path}"):
         found = _listing(part.path, part.revision, part.config)
-        if config.run.distributed == "auto" and (commit := run_on_first(lambda: found.revision)) != found.revision:
-            found = _listing(part.path, commit, part.config)
-        return found
+        if config.run.distributed == "off":
+            return found
+        from dpo_jax.runtime.hosts import run_on_first  # JAX, which --check does without
+
+        commit = run_on_first(lambda: found.revision)
+        return found if commit == found.revision else _listing(part.path, commit, part.config)
 
 
 @contextlib.contextmanager
