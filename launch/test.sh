@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the tests on a fresh machine: sets up .venv if needed, then pytest. Eleven minutes on two slow CPU cores.
+# Runs the tests on a fresh machine: sets up .venv if needed, then pytest. Twelve minutes on two slow CPU cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
