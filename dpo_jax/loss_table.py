@@ -229,10 +229,9 @@ def _of(option: str) -> str:
 
 
 HELP: Mapping[str, str] = {
-    "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft; or FILE.py:FUNCTION, a loss of "
-    "your own (dpo_jax/losses/README.md). ipo is the "
-    "paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labeled single completions, plackett_luce "
-    "reads rankings.",
+    "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft; or FILE.py:FUNCTION, a loss of your own "
+    "(dpo_jax/losses/README.md). ipo is the paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labeled "
+    "single completions, plackett_luce reads rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }
 """The help texts of `--help`."""
@@ -290,9 +289,9 @@ def own_loss(name: str) -> Loss:
 
 def own_problems(text: str) -> Iterator[str]:
     """What is wrong with the losses of your own in a text: no such file or function, or an argument that nobody gives."""
-    for term in terms(text):
+    for name in (term.name for term in terms(text) if is_own(term.name)):
         try:
-            own_loss(term.name) if is_own(term.name) else None
+            own_loss(name)
         except ValueError as error:
             yield str(error)
 

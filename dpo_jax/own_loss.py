@@ -34,12 +34,20 @@ def file_of(name: str) -> Path:
 
 def find(name: str) -> OwnLoss:
     """The function with this name. ValueError, with the place, if the file cannot be read or has no such function."""
-    path, _, function = name.rpartition(":")
-    file = file_of(name)
+    return _find(name, _content(name))
+
+
+def _content(name: str) -> bytes:
     try:
-        tree = ast.parse(file.read_bytes())
+        return file_of(name).read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
+        raise ValueError(f"{name.rpartition(':')[0]}: {error.strerror}") from error
+
+
+def _find(name: str, content: bytes) -> OwnLoss:
+    path, _, function = name.rpartition(":")
+    try:
+        tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:
         line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise ValueError(f"{path}{line}: {error.args[0]}") from error
@@ -56,7 +64,7 @@ def find(name: str) -> OwnLoss:
     required = positional[2 : len(positional) - defaults]
     for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
         (required if default is None else optional).append(argument.arg)
-    return OwnLoss(file, function, tuple(required), tuple(optional))
+    return OwnLoss(file_of(name), function, tuple(required), tuple(optional))
 
 
 _LOADED: dict[Path, str] = {}  # SHA-256 of each file as it was loaded last
@@ -64,14 +72,14 @@ _LOADED: dict[Path, str] = {}  # SHA-256 of each file as it was loaded last
 
 def load(name: str) -> Callable[..., Any]:
     """Runs the file and returns its function. ValueError, naming the line, for any error in it."""
-    found = find(name)
-    content, file = found.file.read_bytes(), found.file.absolute()
+    content = _content(name)  # once: what is described, run and recorded is the same
+    found, file = _find(name, content), file_of(name).absolute()
     digest = hashlib.sha256(content).hexdigest()
     module = types.ModuleType(f"own_loss_{digest[:12]}")
     module.__file__ = str(file)
     sys.modules[module.__name__] = module  # where dataclasses and pickle look for it
     try:
-        exec(compile(content, str(file), "exec"), module.__dict__)
+        exec(compile(content, str(file), "exec", dont_inherit=True), module.__dict__)
         function = getattr(module, found.function)
     except Exception as error:
         del sys.modules[module.__name__]

@@ -10,7 +10,7 @@ from tiny_run import _plots_once as _plots_once
 from tiny_run import bytes_of, call, refused
 from tiny_run import done as done
 
-from dpo_jax import loss_table
+from dpo_jax import loss_table, own_loss
 from dpo_jax.cli import build, identity
 from dpo_jax.cli.config import Config, ConfigError, DpoConfig, load_config
 from dpo_jax.losses import dpo_loss, named_loss, required_inputs
@@ -54,6 +54,12 @@ def test_a_loss_of_a_file_gets_its_options_and_inputs(file):
     np.testing.assert_allclose(both(LOGPS, REF)[0], expected, rtol=1e-6)
     with pytest.raises(ValueError, match="tau: loss .*hinge does not read it|label_smoothing: loss .*hinge does not read it"):
         named_loss(f"{file}:hinge", label_smoothing=0.1)
+
+
+def test_a_file_is_compiled_as_python_would_import_it(tmp_path):
+    file = tmp_path / "typed.py"
+    file.write_text("def f(logps: float, ref_logps: float): ...\n")
+    assert own_loss.load(f"{file}:f").__annotations__ == {"logps": float, "ref_logps": float}  # objects, not texts
 
 
 def test_its_arguments_say_what_it_reads(tmp_path):
