@@ -230,8 +230,8 @@ def _of(option: str) -> str:
 
 HELP: Mapping[str, str] = {
     "loss": f"One of {', '.join(LOSSES)}; or a weighted sum, such as dpo + 0.1*sft; or FILE.py:FUNCTION, a loss of your own "
-    "(dpo_jax/losses/README.md). ipo is the paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads labeled "
-    "single completions, plackett_luce reads rankings.",
+    "(dpo_jax/losses/README.md). ipo is the paper's, on summed log-probabilities; TRL's ipo is ipo_per_token. kto reads "
+    "labeled single completions, plackett_luce reads rankings.",
     **{name: option.help + _of(name) for name, option in OPTIONS.items()},
 }
 """The help texts of `--help`."""

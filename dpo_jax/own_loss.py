@@ -49,7 +49,7 @@ def _find(name: str, content: bytes) -> OwnLoss:
     try:
         tree = ast.parse(content)
     except (SyntaxError, ValueError) as error:
-        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise ValueError(f"{path}{line}: {error.args[0]}") from error
     found = {node.name: node.args for node in tree.body if isinstance(node, ast.FunctionDef)}
     if function not in found:

@@ -94,6 +94,7 @@ def test_a_file_is_a_module_and_known_as_it_was_loaded(tmp_path):
     ("content", "named", "message"),
     [
         ("def f(a, b):\n  assert len(a) == 3", "f", r"mine.py:2: AssertionError$"),
+        ("def f(a, b): return \0", "f", r"mine.py: source code string cannot contain null bytes"),
         (None, "f", r"mine.py: No such file or directory"),
         ("def g(a, b): ...", "f", r"mine.py has no function 'f' at its top level; it has g"),
         ("def f(a, b):\n  return (", "f", r"mine.py:2: '\(' was never closed"),
