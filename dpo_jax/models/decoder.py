@@ -67,6 +67,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            check_constancy_invariants=False,  # the check would trace the layer a second time
         )(c, self._path())
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -63,7 +64,13 @@ VOCABULARY: Axes = ("vocab", "embed")  # of the token embedding and of the head
 
 def declare(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
     """A parameter with its logical axes; `Model.axes` collects them. Its user calls `as_stored`."""
-    return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
+    if not module.has_variable("params", name):
+        return module.param(name, nn.with_partitioning(first, axes), shape)  # pyright: ignore[reportReturnType]
+    # `param` would trace `first` again for the shape of each parameter: a fifth of the time to trace a model.
+    value = nn.meta.unbox(module.get_variable("params", name))
+    if value.shape != shape:
+        raise flax.errors.ScopeParamShapeError(name, "/".join(module.path), value.shape, shape)
+    return value
 
 
 def _param(module: nn.Module, name: str, first: Any, shape: tuple[int, ...], axes: Axes) -> jax.Array:
