@@ -100,8 +100,8 @@ class Checkpoints:
     """The checkpoints of one run in `directory`; the newest `max_to_keep` are kept. A context manager.
 
     Several hosts share the directory, and all of them make every call. For each of the newest steps, step `origin(step)` is
-    kept as well. If the context ends with an error without a true `agreed`, a host does not wait for the others, who may not
-    have it: a save that is still running is then lost.
+    kept as well. If the context ends with an error and `agreed` is not true, a host does not wait for the others, which may
+    not have failed: a save in progress is then lost.
 
     Without `read_only` it must be the only user of the directory (`RunDir` holds the lock), and leftovers of a killed process
     are removed at the start. With `read_only` nothing is changed, and a run may be writing at the same time.
