@@ -1,4 +1,4 @@
-"""What training says before its first step: sizes and devices, and notes on settings that people often get wrong."""
+"""Messages of a training command before its first step: sizes, devices, and notes on settings that are often wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to change in a configuration after a device ran out of memory."""
+"""Suggestions after a device ran out of memory: options that need less, with the values to set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either restored bit for bit or not at all.
+"""Checkpoints of training state, verified by digests: restored bit for bit, or set aside.
 
 Orbax writes asynchronously and atomically, but it silently restores a flipped bit or an array of another dtype, and takes an
 empty folder for the latest step (seen with orbax 0.12.8). So each step also has a record: shape, dtype and digest of every
