@@ -1,4 +1,4 @@
-"""Lock files: the kernel's lock (flock) on a file with the lock's name. The lock ends with its process, however that ends."""
+"""Lock files: the kernel's lock (flock) on a file with the lock's name. The kernel releases it whenever its process ends."""
 
 from __future__ import annotations
 

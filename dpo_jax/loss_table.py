@@ -62,7 +62,7 @@ class Term(NamedTuple):
         try:
             return own_loss(self.name)
         except ValueError:  # of a run whose file is gone; who would train with it calls `own_problems`
-            return Loss(self.name, tuple(OPTIONS), "a function that is not there any more", "")
+            return Loss(self.name, tuple(OPTIONS), "a function that no longer exists", "")
 
 
 Divergence = Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]
@@ -94,7 +94,7 @@ OPTIONS: Mapping[str, Option] = {
     "reference_free": Option(bool, False, _any, "", "Use a uniform reference in the loss instead of the reference model."),
     "f_divergence": Option(Divergence, "reverse_kl", _any, "", "Divergence from the reference (f-DPO)."),
     "f_alpha": Option(float, 0.5, _any, "", "Alpha of f_divergence alpha_divergence."),
-    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature in its mixture of two losses."),
+    "discopop_tau": Option(float, 0.05, lambda x: x > 0, "must be greater than 0", "Temperature that mixes DiscoPOP's losses."),
     "length_penalty": Option(
         float, 0.01, lambda x: x >= 0, "must not be negative", "Reward penalty per token (alpha in the paper)."
     ),
@@ -130,7 +130,7 @@ _DPO = Loss(
 
 LOSSES: Mapping[str, Loss] = {
     "dpo": _DPO,
-    "sigmoid": _DPO._replace(title="Direct Preference Optimization (TRL's name of dpo)"),
+    "sigmoid": _DPO._replace(title="Direct Preference Optimization (TRL's name for dpo)"),
     "sigmoid_norm": Loss("margin.length_normalized_loss", ("beta", *_F), "length-normalized DPO (Tulu 3)", "2411.15124", _LN2),
     "length_regularized": Loss(
         "margin.length_regularized_loss", ("beta", "length_penalty"), "length-regularized DPO (R-DPO)", "2403.19159"
@@ -225,7 +225,7 @@ _WORDS: Mapping[str, str] = {"pairs": "pairs", "unpaired": "single completions",
 def _of(option: str) -> str:
     """A sentence naming the losses that read an option; empty if more than ten do."""
     names = [name for name, loss in LOSSES.items() if option in loss.options]
-    return f" Read by {', '.join(names)}." if 0 < len(names) <= 10 else ""
+    return f" Used by {', '.join(names)}." if 0 < len(names) <= 10 else ""
 
 
 HELP: Mapping[str, str] = {
@@ -280,7 +280,7 @@ def own_loss(name: str) -> Loss:
     return Loss(
         name,
         tuple(option for option in OPTIONS if option in named),
-        f"`{found.function}`, a function of its authors' own",
+        f"`{found.function}`, a user-defined loss",
         "",
         whole_batch="weight" in found.required,
         rows="unpaired" if "desirable" in found.required else "pairs",

@@ -94,7 +94,7 @@ def _of(name: str, table: Mapping[str, Choice]) -> str:
     if len(readers) == len(table):
         return ""
     shown = [choice if isinstance(value, bool) else f"{choice} ({value:g})" for choice, value in readers.items()]
-    return f" Read by {', '.join(shown)}."
+    return f" Used by {', '.join(shown)}."
 
 
 HELP: Mapping[str, str] = {

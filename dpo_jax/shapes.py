@@ -39,14 +39,14 @@ def misfit(value: Any, shape: Shape) -> tuple[str, str] | None:
         return None if value is None else _wrong("null", value)
     if shape is int and isinstance(value, int) and not isinstance(value, bool):
         return None if abs(value) <= MOST else ("", f"{str(value)[:20]}... is too large a number")
-    known = {object: (object, ""), str: (str, "a text"), bool: (bool, "true or false"), int: (int, "a whole number")}
+    known = {object: (object, ""), str: (str, "a string"), bool: (bool, "true or false"), int: (int, "a whole number")}
     kind, name = known.get(shape, ((int, float), "a number"))
     right = isinstance(value, kind) and (shape in (bool, object) or not isinstance(value, bool))
     return None if right else _wrong(name, value)
 
 
 def _wrong(wanted: str, value: Any) -> tuple[str, str]:
-    return "", f"{wanted} is needed, this is {kind_of(value)}"
+    return "", f"expected {wanted}, got {kind_of(value)}"
 
 
 def _misfit_of_object(value: dict[str, Any], shape: dict[Any, Shape]) -> tuple[str, str] | None:
@@ -63,7 +63,7 @@ def _misfit_of_object(value: dict[str, Any], shape: dict[Any, Shape]) -> tuple[s
 
 def _misfit_of_array(value: list[Any], shape: list[Shape]) -> tuple[str, str] | None:
     if len(shape) > 1 and len(value) != len(shape):
-        return "", f"{len(shape)} elements are needed, there are {len(value)}"
+        return "", f"expected {len(shape)} elements, got {len(value)}"
     for number, inner in enumerate(value):
         if (wrong := misfit(inner, shape[number] if len(shape) > 1 else shape[0])) is not None:
             return _at(f"element {number}", wrong)

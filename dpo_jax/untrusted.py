@@ -174,7 +174,7 @@ def regular(path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     if not stat.S_ISREG(path.stat().st_mode) and not of_the_system(path):
-        raise Unreadable(f"{path}: a file is needed, this is {special_kind(path)}")
+        raise Unreadable(f"{path}: expected a file, got {special_kind(path)}")
     return path
 
 
@@ -201,7 +201,7 @@ def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy:
     with reading(str(where), remedy=remedy):
         found = parse_json(content)
         if not isinstance(found, dict):
-            raise ValueError(f"a JSON object is needed, this is {kind_of(found)}")
+            raise ValueError(f"expected a JSON object, got {kind_of(found)}")
         return found
 
 
@@ -301,7 +301,7 @@ def kind_of(value: Any) -> str:
         case int() | float():
             return "a number"
         case str():
-            return "a text"
+            return "a string"
         case list():
             return "an array"
         case dict():

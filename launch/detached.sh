@@ -20,8 +20,8 @@ Environment:
 TEXT
 }
 
-# Whoever records a program holds the lock, and the kernel lets go of it however that ends. To ask is to share the lock: two
-# who ask at once must not take each other for a program.
+# The process that records a program holds an exclusive lock, which the kernel releases when it exits. A query takes a shared
+# lock, so that two concurrent queries do not mistake each other for a program.
 running() { [ -d "$folder" ] && ! flock --shared --nonblock 8 8<>"$folder/lock"; }
 
 start() {

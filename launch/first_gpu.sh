@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything to learn first about a GPU that is new to us: does it compute right, how fast, where does the time go.
+# First run on a GPU not tested before: self-test, timings, and a profile of where the time goes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The paper's experiment on Anthropic HH from raw pairs to an exported model, as one chain that can be stopped anywhere:
-# run it again and it continues. What is done is not done again.
+# The paper's experiment on Anthropic HH from raw pairs to an exported model, as one resumable chain: rerun it to
+# continue. Finished steps are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -126,7 +126,7 @@ take() {
   supervised "${program[@]}" || code=$?
   case $code in
     0) ;;
-    143) say "$step has saved and stopped; the same command continues" && exit 143 ;;
+    143) say "$step has saved and stopped; rerun the command to continue" && exit 143 ;;
     *) die "$step ended with exit code $code" "$code" ;;
   esac
   # Every host writes the same mark: a step ends on all of them together, and in containers with the same process id.

@@ -21,7 +21,7 @@ TEXT
 fi
 
 ./launch/env.sh
-# Where Python may not keep what it compiled (images of containers often say so), each process compiles its modules in every run.
+# Where PYTHONDONTWRITEBYTECODE is set (as in many container images), every process recompiles its modules in every run.
 # Both processes of pytest collect the tests: 22 s of CPU each, and 13 s from the second run on if it is kept.
 unset PYTHONDONTWRITEBYTECODE
 # Two processes, and each file in one of them: what a file compiles is shared by its tests. Long files first (tests/conftest.py).

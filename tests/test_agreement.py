@@ -188,8 +188,8 @@ def test_rater_files_give_back_what_was_meant(study, key, tmp_path):
         ({"rater": " "}, "r.json: rater: empty: the rater has no name"),
         ({"rater": 7}, "r.json: rater: wrong_type"),
         ({"number": 13}, "r.json: number: out_of_range: 13 is not one of the 12 lists"),
-        ({"ratings": {}}, "r.json: ratings: wrong_type: a list is needed"),
-        ({"ratings": [7]}, r"r.json: ratings\[0\].item: wrong_type: an object is needed"),
+        ({"ratings": {}}, "r.json: ratings: wrong_type: expected a list"),
+        ({"ratings": [7]}, r"r.json: ratings\[0\].item: wrong_type: expected an object"),
     ],
 )
 def test_a_rater_file_that_does_not_fit_is_refused(study, key, tmp_path, change, expected):
@@ -222,7 +222,7 @@ def test_an_edited_rating_is_refused(study, key, tmp_path, place, change, expect
     ("text", "expected"),
     [
         ('{"kind":\n "dpo_jax', "r.json: JSONDecodeError: Unterminated string starting at: line 2 column 2"),
-        ("[]", "r.json: ValueError: a JSON object is needed, this is an array"),
+        ("[]", "r.json: ValueError: expected a JSON object, got an array"),
         ("\udcff", "r.json: not UTF-8: byte 0xff at byte 0"),
         ("[" * 20000, r"r.json: \w+: at least 101 levels deep; the limit is 100"),
         ('{"kind": 1, "kind": 2}', "r.json: \\w+: the key 'kind' occurs twice"),
@@ -270,7 +270,7 @@ def test_a_byte_order_mark_is_no_damage_and_a_page_long_name_is(study, key, tmp_
 @pytest.mark.parametrize("read", [read_records, read_verdicts])
 def test_a_pipe_is_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "said.jsonl")
-    with time_limit(5), pytest.raises(Unreadable, match="said.jsonl: a file is needed, this is a pipe"):
+    with time_limit(5), pytest.raises(Unreadable, match="said.jsonl: expected a file, got a pipe"):
         read(tmp_path / "said.jsonl")
 
 

@@ -358,7 +358,7 @@ BAD = {
         {"prompt": [user([{"type": "image_url"}])]},
         "prompt.0.*'image_url' are not",
     ),
-    "a part that is text": (Cause.WRONG_TYPE, "chatml", {"prompt": [user(["hi"])]}, "prompt.0.content.0: .*this is str"),
+    "a part that is text": (Cause.WRONG_TYPE, "chatml", {"prompt": [user(["hi"])]}, "prompt.0.content.0: .*got str"),
     "a role in the text of a call": (
         Cause.EOS_IN_TEXT,
         "chatml",
@@ -384,7 +384,7 @@ BAD = {
         {"chosen": [TWICE]},
         "one call",
     ),
-    "the prompt twice": (Cause.DIFFERENT_PROMPTS, "chatml", TWO_PROMPTS, "both begin with the messages of the prompt"),
+    "the prompt twice": (Cause.DIFFERENT_PROMPTS, "chatml", TWO_PROMPTS, "both repeat the messages of the prompt"),
     "too many turns": (Cause.TOO_LONG, "chatml", {"chosen": [said("a"), user("b")] * 250 + [said("a")]}, "501 turns"),
     "only a tool answers": (Cause.DIFFERENT_PROMPTS, "chatml", {"chosen": [TOLD]}, "a turn of 'tool'"),
 }

@@ -66,7 +66,7 @@ def test_a_turn_of_weight_0_is_context(chatml, tmp_path):
         assert chatml.decode([*one[0], *one[1]]).count("Go away.") == 1
     assert scored["plain"] == ["Go away.<|im_end|>", "Hello."]
     assert scored["marked"] == ["Hello."]
-    for weight, words in ((0, "every turn of the assistant has weight 0"), (0.5, "0 or 1 is needed, this is 0.5")):
+    for weight, words in ((0, "every turn of the assistant has weight 0"), (0.5, "expected 0 or 1, got 0.5")):
         with pytest.raises(DataError, match=words):
             load(tmp_path, [{"messages": [user("Hi"), said("No.", weight=weight)]}], chatml, rows="demonstrations")
 

@@ -66,4 +66,4 @@ def test_what_is_refused(tmp_path):
         code, _, err = diffusion(tmp_path, flag, value, "--check")
         assert (code, words in err) == (2, True), err
     code, out, err = diffusion(tmp_path, "--check")
-    assert (code, "nothing is wrong" in out) == (0, True), err
+    assert (code, "no problems found" in out) == (0, True), err

@@ -233,7 +233,7 @@ def test_a_sweep_that_is_killed_ends_in_the_table_of_an_uninterrupted_one(study,
         (("--frontier.reward", "hf"), "frontier.classifier: is the model of frontier.reward hf: set both, or neither"),
         (("--frontier.best-of", "1.5"), "frontier.best_of: must be whole numbers"),
         (("--frontier.ppo-minibatches", "3"), "frontier.ppo_minibatches: must divide ppo_batch (8), got 3"),
-        (("--frontier.max-new-tokens", "120"), "frontier.max_new_tokens: 120 more than the longest prompt"),
+        (("--frontier.max-new-tokens", "120"), "frontier.max_new_tokens: 120 and the longest prompt"),
         (
             ("--dpo.microbatches", "8"),
             "frontier.ppo_batch: 8 completions in 2 minibatches cannot be split over",

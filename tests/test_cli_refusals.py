@@ -72,7 +72,7 @@ def test_too_little_memory_is_met_with_options_that_need_less(done, tmp_path, mo
     first, *remedies = message.splitlines()
     assert "a device ran out of memory: RESOURCE_EXHAUSTED: " in first
     assert "  --dpo.microbatches 2  a batch of 16 in 2 parts (now 1)" in remedies
-    same, other = message.split("begin another run")
+    same, other = message.split("start a new run")
     for option in ("--model.remat full", "--run.devices mesh", "--refs.batch 8"):
         assert option in same
     for option in ("--run.precision bfloat16", "--dpo.param-dtype bfloat16", "--lora.rank 16"):

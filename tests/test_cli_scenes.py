@@ -60,4 +60,4 @@ def test_what_is_refused(tmp_path):
         code, _, err = scenes(tmp_path, flag, value, "--check")
         assert (code, words in err) == (2, True), err
     code, out, err = scenes(tmp_path, "--check")
-    assert (code, "nothing is wrong" in out, "10, of 2 seeds" in out) == (0, True, True), err
+    assert (code, "no problems found" in out, "10, of 2 seeds" in out) == (0, True, True), err

@@ -228,11 +228,11 @@ def test_names_inside_columns_and_what_is_not_there(tmp_path):
         assert (pair.prompt, pair.chosen, pair.rejected, pair.subset) == (Q, "An a.", "A b.", "dotted")
         with pytest.raises(DataError, match=r"'?infos.title'?.*--data.columns reads (it )?as prompt"):
             load(path, columns=columns | {"prompt": "infos.title"})
-    with pytest.raises(DataError, match=r"prompt: wrong_type: a text is needed, this is int \(read from 'info.id'\)"):
+    with pytest.raises(DataError, match=r"prompt: wrong_type: expected a string, got int \(read from 'info.id'\)"):
         load(tmp_path / "train.jsonl", columns=columns | {"prompt": "info.id"})
     with pytest.raises(DataError, match="output.2: missing_column: --data.columns reads it as chosen, but here is a list"):
         load(tmp_path / "train.jsonl", columns=columns | {"chosen": "output.2"})
-    with pytest.raises(DataError, match="output: wrong_type: a text is needed to join it, but this is list"):
+    with pytest.raises(DataError, match="output: wrong_type: expected a string to join, got list"):
         load(tmp_path / "train.jsonl", columns=columns | {"prompt": "info.title+output"})
 
 
@@ -353,10 +353,10 @@ def test_openai(tmp_path, tokenizer):
         ]
         assert (loaded.report.format, loaded[0].uid) == ("openai", f"{name}:1")
     for changes, words in (
-        ({"input": "x"}, "input: wrong_type: an object is needed"),
+        ({"input": "x"}, "input: wrong_type: expected an object"),
         ({"input": {"messages": [turn("user", 3)]}}, "input.messages.0.content: wrong_type"),
         ({"preferred_output": [turn("assistant", " ")]}, "preferred_output: empty"),
-        ({"non_preferred_output": "A brick."}, "non_preferred_output: wrong_type: a list of messages is needed"),
+        ({"non_preferred_output": "A brick."}, "non_preferred_output: wrong_type: expected a list of messages"),
     ):
         with pytest.raises(DataError, match=re.escape(words)):
             load(write(tmp_path / "train.jsonl", OPENAI | changes), tokenizer=tokenizer)

@@ -114,8 +114,8 @@ def test_messages_are_read_from_json_in_a_cell(tmp_path, tokenizer):
         ),
         (b"prompt,chosen,rejected\np,a\0b,b\n", "train.csv:2: chosen: nul"),
         (b"prompt,chosen,rejected\np,\"[{'role': 'user'}]\",b\n", "train.csv:2: chosen: wrong_type: .*Python's notation"),
-        (b"prompt,completion,label\np,c,maybe\n", "label: wrong_type: true or false, or 1 or 0, is needed, this is 'maybe'"),
-        (b"prompt,chosen,rejected\rp,a,b\r", r"train.csv:1: bad_csv: a carriage return \(CR\) alone"),
+        (b"prompt,completion,label\np,c,maybe\n", "label: wrong_type: expected true, false, 1 or 0, got 'maybe'"),
+        (b"prompt,chosen,rejected\rp,a,b\r", r"train.csv:1: bad_csv: a carriage return \(CR\) without LF"),
         (b"prompt,chosen,rejected,pr\xe9nom\np,a,b,c\n", "train.csv:1: invalid_utf8: name of column 4: byte 0xe9"),
         (b"prompt,chosen,rejected,a\0b\np,a,b,c\n", "train.csv:1: nul: name of column 4"),
         (b'prompt,chosen,rejected\np, "a",b\n', "train.csv:2: chosen: bad_csv: a space before the opening quote"),
@@ -124,7 +124,7 @@ def test_messages_are_read_from_json_in_a_cell(tmp_path, tokenizer):
         (b'prompt,chosen,rejected\np,"[{""role"": ""user"", ""con",b\n', "chosen: invalid_json: messages must be valid JSON"),
         (
             b"prompt,completions\np,\"['a', 'b']\"\n",
-            "train.csv:2: completions: wrong_type: a list of completions is needed, this is str",
+            "train.csv:2: completions: wrong_type: expected a list of completions, got str",
         ),
     ],
 )

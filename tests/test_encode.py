@@ -75,9 +75,9 @@ def test_what_is_no_text_is_named(tokenizer, field):
     with pytest.raises(BadRow, match=f"{field}: missing_column: the row has "):
         encode(types.SimpleNamespace(**rest), tokenizer, **LIMITS)
     for value, message in (
-        (None, "wrong_type: a text is needed, this is NoneType"),
-        (5, "this is int"),
-        (float("nan"), "nan: NaN"),
+        (None, "wrong_type: expected a string, got NoneType"),
+        (5, "got int"),
+        (float("nan"), "nan: expected a string, got NaN"),
     ):
         with pytest.raises(BadRow, match=f"{field}: .*{message}"):
             encode({**TEXT, field: value}, tokenizer, **LIMITS)
@@ -128,9 +128,9 @@ def test_messages_without_a_template_are_refused(tokenizer):
 def test_messages_beside_texts_are_refused(tokenizer):
     chat = copy.deepcopy(tokenizer)
     chat.chat_template = TEMPLATE
-    with pytest.raises(ValueError, match="prompt: .*a list of messages is needed, this is str"):
+    with pytest.raises(ValueError, match="prompt: .*expected a list of messages, got str"):
         encode({**CONVERSATION, "prompt": "Hi."}, chat, **LIMITS)
-    with pytest.raises(ValueError, match="chosen: .*a list of messages is needed, this is str"):
+    with pytest.raises(ValueError, match="chosen: .*expected a list of messages, got str"):
         encode({**CONVERSATION, "chosen": "Hello."}, chat, **LIMITS)
 
 
@@ -264,7 +264,7 @@ def test_labeled_completions_need_mismatched_ones(tokenizer):
 def test_python_lists_are_ids_and_arrays_are_messages(tokenizer):
     one, other = Encoded([5, 6], [7, 0], [8, 9, 0]), Encoded(np.int32([5, 6]), np.int32([7, 0]), np.int32([8, 9, 0]))
     assert shared_rows([one], length=16).tokens.tolist() == shared_rows([other], length=16).tokens.tolist()
-    with pytest.raises(BadRow, match="a list of completions is needed, this is one text"):
+    with pytest.raises(BadRow, match="expected a list of completions, got one string"):
         encode({"prompt": "a", "chosen": "b", "rejected": "c", "between": " ok."}, tokenizer, **LIMITS)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"

@@ -324,5 +324,5 @@ def test_a_configuration_is_read_or_refused_by_name(tmp_path):
         assert isinstance(found, Config | ConfigError)
     file.unlink()
     os.mkfifo(file)
-    with pytest.raises(ConfigError, match="a file is needed, this is a pipe"):
+    with pytest.raises(ConfigError, match="expected a file, got a pipe"):
         load_config(file)

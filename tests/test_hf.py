@@ -217,7 +217,7 @@ def test_the_sampling_settings_of_the_source_are_kept(tmp_path):
     ("content", "told"),
     [
         ("{", "JSONDecodeError: "),
-        ("[]", "ValueError: a JSON object is needed, this is an array; delete it"),
+        ("[]", "ValueError: expected a JSON object, got an array; delete it"),
         ('{"eos_token_id": ["</s>"]}', r'eos_token_id = \["</s>"\] is not a token id or an array of them'),
     ],
 )
@@ -410,7 +410,7 @@ def test_folders_that_are_not_there(tmp_path):
     with pytest.raises(Unreadable, match=r"config\.json: JSONDecodeError"):
         load_config(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(Unreadable, match="a JSON object is needed, this is an array; save or fetch it again"):
+    with pytest.raises(Unreadable, match="expected a JSON object, got an array; save or fetch it again"):
         load_config(tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_every_way_to_name_an_image(files, tokenizer):
         (row(PLACE, images=["cat.png"], answers=("A <start_of_image>.", "A dog.")), "special token '<start_of_image>'"),
         ({**row(), "chosen": [{"role": "assistant", "content": [PLACE]}]}, "in the prompt only"),
         (row(PLACE, images=["cat.png"], image="dog.jpg"), "both `images` and `image`"),
-        (row(PLACE, images=[7]), "this is int"),
+        (row(PLACE, images=[7]), "got int"),
     ],
 )
 def test_what_a_row_with_images_cannot_say(files, tokenizer, bad, words):

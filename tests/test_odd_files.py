@@ -184,7 +184,7 @@ def test_more_rows_than_memory_holds_end_in_a_message(tmp_path, monkeypatch):
 
     (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"], ROWS["trl"]))
     monkeypatch.setattr(formats, "hh", full)
-    error = outcome(lambda: load_preferences(tmp_path, "train", format="hh"), names=f"{tmp_path} [train]: needs more memory")
+    error = outcome(lambda: load_preferences(tmp_path, "train", format="hh"), names=f"{tmp_path} [train]: out of memory")
     assert isinstance(error, DataError)
 
 

@@ -125,7 +125,7 @@ def test_a_run_with_a_loss_of_a_file_is_that_of_the_named_one_until_the_file_cha
         one, other = ([row[name] for row in rows if name in row] for rows in (ours, theirs))
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
     card = (tmp_path / "run/dpo/README.md").read_text()
-    assert "`again`, a function of its authors' own" in card
+    assert "`again`, a user-defined loss" in card
     assert "with DPO" not in card
     assert "is finished after" in call(*words).out
     export = bytes_of(tmp_path / "run/dpo/export")

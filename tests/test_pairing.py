@@ -51,7 +51,7 @@ def test_pairs_are_joined_by_their_prompt_and_the_books_are_closed(tmp_path):
         ('{"prompt": "p"}', "a.jsonl:2: completion: missing_column"),
         (
             '{"prompt": "p", "completion": ["c"]}',
-            "a.jsonl:2: completion: wrong_type: a text is needed, this is list; write the",
+            "a.jsonl:2: completion: wrong_type: expected a string, got list; write the",
         ),
         ('{"prompt": " \\nTL;DR:", "completion": "c"}', "a.jsonl:2: prompt: no_prompt"),
         ('{"prompt": "\\ud800", "completion": "c"}', "a.jsonl:2: prompt: invalid_utf8: lone surrogate"),

@@ -70,7 +70,7 @@ def test_it_says_what_would_run_and_leaves_nothing_behind(place, capsys):
     code, told = check("dpo", "--check", capsys=capsys)
     assert code == 0
     assert told.splitlines() == [
-        "dpo c.yaml: nothing is wrong with it",
+        "dpo c.yaml: no problems found",
         "  data     pairs: train (trl, 1 file, 10 rows), test (trl, 1 file, 10 rows)",
         "  model    runs/one/sft/export: gpt_neox, 2 layers x 64",
         "  devices  one",
@@ -326,7 +326,7 @@ def test_a_misspelled_folder_is_not_silently_a_model_of_the_hub(place, capsys):
     assert "no error, 1 warning" in told
     assert "dpo.policy: there is no folder runs/nomodel, though there is runs/: is it misspelled?" in told
     assert "tokenizer.path: there is no" in check("dpo", "--tokenizer.path", "pairs/t", "--check", capsys=capsys)[1]
-    assert "nothing is wrong with it" in check("dpo", "--dpo.policy", "org/name", "--check", capsys=capsys)[1]
+    assert "no problems found" in check("dpo", "--dpo.policy", "org/name", "--check", capsys=capsys)[1]
 
 
 def a_run(place, *flags, rows=10, name="dpo"):

@@ -181,5 +181,5 @@ def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch):
         monkeypatch.setattr("shutil.disk_usage", lambda place, free=free: types.SimpleNamespace(free=int(free)))
         with RunDir(tmp_path / "dpo") as run:
             note = announcement._full_disk(config, run, state)
-        words = f"there must be room for {1 if saved else 3} more checkpoints of 0.0 GB, 0.0 GB in all, but"
+        words = f"the run needs space for {1 if saved else 3} more checkpoints of 0.0 GB, 0.0 GB in all, but"
         assert (note is not None and note.startswith(words)) == told

@@ -56,7 +56,7 @@ def test_texts_are_turns_of_a_chat_model_and_messages_always(chatty, tmp_path):
         }
         parts = {"role": "user", "content": [{"type": "text", "text": "hi"}]}
         (told,) = prompts(tmp_path, chatty, {"messages": [HI, call, parts], "tools": [{"name": "f"}]})
-        with pytest.raises(ConfigError, match="tools: wrong_type: a text that is not rendered has none"):
+        with pytest.raises(ConfigError, match="tools: wrong_type: applies to chat messages only"):
             prompts(tmp_path, chatty, {"prompt": "hi", "tools": [{"name": "f"}]}, chat=False)
     finally:
         chatty.chat_template = TEMPLATE

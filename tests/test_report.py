@@ -338,7 +338,7 @@ def test_a_report_of_another_version_does_not_hide_the_rest(copy, tmp_path):
     shutil.copy(copy / "dpo" / "config.yaml", copy / "rewards")
     _, page, _ = report(copy, out=tmp_path / "out")
     for words in (
-        "report.json: 'policy', 'rewards/accuracies_low': a number is needed, this is a text",
+        "report.json: 'policy', 'rewards/accuracies_low': expected a number, got a string",
         "rewards/report.json: has no 'pairs'",
     ):
         assert words in Seen(page).text

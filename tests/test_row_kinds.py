@@ -154,11 +154,11 @@ def test_messages_in_rankings_and_single_completions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (GOOD | {"label": "yes"}, "label: wrong_type: a number is needed, this is str"),
-        (GOOD | {"label": 0.5}, "label: out_of_range: true or false, or 1 or 0, is needed, this is 0.5"),
+        (GOOD | {"label": "yes"}, "label: wrong_type: expected a number, got str"),
+        (GOOD | {"label": 0.5}, "label: out_of_range: expected true, false, 1 or 0, got 0.5"),
         (GOOD | {"completion": " "}, "completion: empty"),
         (GOOD | {"prompt": ""}, "prompt: no_prompt"),
-        (FRUIT | {"ranks": [1, 2]}, "ranks: wrong_type: a list of 3 numbers is needed, this is a list of 2"),
+        (FRUIT | {"ranks": [1, 2]}, "ranks: wrong_type: expected a list of 3 numbers, got a list of 2"),
         (
             FRUIT | {"scores": [1, 2, 3]},
             "ranks, scores: out_of_range: ranks and scores put the completions in different orders",

@@ -165,8 +165,8 @@ def test_lengths_are_those_of_scored_tokens():
     ("marks", "words"),
     [
         (np.zeros(3, bool), "pair 0: chosen has no scored token"),
-        (np.ones(2, bool), r"chosen: which tokens are scored is bool\[2\]; bool\[3\] is expected"),
-        (np.ones(3, np.int32), r"is int32\[3\]; bool\[3\] is expected"),
+        (np.ones(2, bool), r"chosen: the mask of scored tokens is bool\[2\]; expected bool\[3\]"),
+        (np.ones(3, np.int32), r"is int32\[3\]; expected bool\[3\]"),
     ],
 )
 def test_marks_that_do_not_fit_are_refused(marks, words):

@@ -328,7 +328,7 @@ def test_hidden_files_are_not_read(tmp_path):
 def test_a_pipe_is_told_as_what_it_is(tmp_path):
     os.mkfifo(tmp_path / "train.jsonl")
     with pytest.raises(
-        DataError, match=r"train.jsonl: bad_layout: a file or a folder is needed, this is a pipe; write it to a file"
+        DataError, match=r"train.jsonl: bad_layout: expected a file or a folder, got a pipe; write it to a file"
     ):
         load(tmp_path / "train.jsonl")
 

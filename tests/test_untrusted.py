@@ -63,7 +63,7 @@ def test_json_is_read_as_it_was_written_or_refused_by_name():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[1]", "a.json: ValueError: a JSON object is needed, this is an array; write an object"),
+        ("[1]", "a.json: ValueError: expected a JSON object, got an array; write an object"),
         ('{"a": NaN}', "NaN is not a JSON number"),
         ('{"a": 1e999}', "1e999 is too large a number"),
         ('{"a": ' + "9" * 400 + "}", "a number of 400 digits"),

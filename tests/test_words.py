@@ -117,7 +117,7 @@ def test_a_slip_in_our_own_section_is_no_foreign_word(small, capsys, typed):
     assert words.instead(typed, every_option()) is None
     err = told(["dpo", small, typed, "8"], capsys)
     assert "--lora." in err
-    assert "an adapter is trained where" not in err
+    assert "set lora.rank to train an adapter" not in err
 
 
 def test_words_of_data_are_answered_where_they_are_typed(tmp_path):
@@ -178,7 +178,7 @@ def test_a_whole_command_of_trl_is_answered_at_once(small, capsys):
     """`trl dpo` takes flags only; without a configuration the answers are the same."""
     flags = ["--model_name_or_path", "org/name", "--dataset_name", "org/pairs", "--learning_rate", "5.0e-7", "--use_peft"]
     first, *lines = told(["dpo", *flags], capsys).splitlines()
-    assert first.startswith("dpo-jax: dpo needs a configuration file as its first word; `dpo-jax init my.yaml` writes one")
+    assert first.startswith("dpo-jax: dpo needs a configuration file as its first argument; `dpo-jax init my.yaml` writes one")
     assert [line.partition(":")[0] for line in lines] == flags[::2]
     assert lines == told(["dpo", small, *flags], capsys).removeprefix("dpo-jax: ").splitlines()
 

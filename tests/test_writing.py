@@ -104,5 +104,5 @@ def test_a_disk_in_memory_is_a_disk():
             raise RuntimeError  # the write is not completed
         assert file.read_text() == "old"
         os.mkfifo(Path(folder) / "pipe")
-        with pytest.raises(Unreadable, match="a file is needed, this is a pipe"):
+        with pytest.raises(Unreadable, match="expected a file, got a pipe"):
             regular(Path(folder) / "pipe")

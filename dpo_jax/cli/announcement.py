@@ -1,4 +1,4 @@
-"""What training says before its first step: sizes and devices, and notes on settings that people often get wrong."""
+"""Messages of a training command before its first step: sizes, devices, and notes on settings that are often wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dpo_jax.types import Partitioner, TrainState
 
 PLAIN_TEXTS = (
     "the data are plain texts, so the chat template of the tokenizer is not used; for an instruct model set data.format: "
-    "chat_texts, which makes turns of them"
+    "chat_texts, which renders them as chat turns"
 )
 
 
@@ -84,8 +84,8 @@ def _full_disk(config: Config, run: RunDir, state: TrainState) -> str | None:
     if needed <= free:
         return None
     return (
-        f"there must be room for {missing} more checkpoints of {size / 1e9:,.1f} GB, {needed / 1e9:,.1f} GB in all, but {disk} "
-        f"has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)"
+        f"the run needs space for {missing} more checkpoints of {size / 1e9:,.1f} GB, {needed / 1e9:,.1f} GB in all, but "
+        f"{disk} has {free / 1e9:,.1f} GB free (run.checkpoints, run.max_to_keep)"
     )
 
 
@@ -107,7 +107,7 @@ def _device_summary(config: Config, section: SftConfig | DpoConfig, state: Train
         "layout": used + f" of {len(devices)}; --run.devices mesh takes all" * unused,
         "attention": build.attention_name(config),
         "parameters": f"{trained:,}" + (f" trained, {frozen:,} frozen" if frozen else ""),
-        "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples a step",
+        "per device": f"{of_device / 2**20:,.1f} MiB of parameters and optimizer, {share:g} of {section.batch} examples/step",
         "microbatches": f"{section.microbatches}, remat {config.model.remat}",
         "precision": config.run.precision + "; --run.precision bfloat16 is faster here, and TRL's default" * slow,
     }

@@ -201,7 +201,7 @@ def _trained(config: Config, section: SftConfig | DpoConfig) -> str:
     lora = config.lora
     if lora.rank is not None:
         scale = ", rank-stabilized" if lora.rslora else ""
-        return f" LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scale}, on {markdown_text(lora.targets)} of the frozen start."
+        return f" LoRA of rank {lora.rank}, alpha {lora.alpha:g}{scale}, on {markdown_text(lora.targets)} of the frozen model."
     if section.trainable is not None:
         return f" Only {markdown_code(section.trainable)} were trained."
     if section.param_dtype != "float32":

@@ -115,7 +115,7 @@ COMMANDS = {
         ("judge", "data"),
     ),
     "plan": Command(
-        "memory, collectives and time of training on TPUs or GPUs (compiled without any)",
+        "predict memory, collectives and time of training on TPUs or GPUs, without the hardware",
         (
             *("run.dir", "run.devices", "run.precision", "mesh", "data", "model", "tokenizer.vocab_size"),
             *("lora", "dpo", "refs.batch", "plan"),

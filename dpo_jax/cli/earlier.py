@@ -1,4 +1,4 @@
-"""The earlier run that a training command continues, or refuses to."""
+"""Resuming a training command: finds the earlier run to continue, and refuses one that does not match."""
 
 from __future__ import annotations
 

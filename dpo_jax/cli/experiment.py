@@ -64,7 +64,7 @@ def make_world(
     longest = max(map(len, [*learned.ids, *judged.ids]))
     if longest + section.max_new_tokens > model.config.max_positions:
         raise ConfigError(
-            f"frontier.max_new_tokens: {section.max_new_tokens} more than the longest prompt ({longest} tokens) do not fit the "
+            f"frontier.max_new_tokens: {section.max_new_tokens} and the longest prompt ({longest} tokens) exceed the "
             f"{model.config.max_positions} positions of {path}; lower it to {model.config.max_positions - longest}"
         )
     if (longest := max(map(len, learned.ids), default=0)) >= config.data.max_length:

@@ -35,7 +35,7 @@ def parse(name: str, args: list[str]) -> Config:
     else:
         if name == "report":
             raise ConfigError("report needs run directories first: dpo-jax report runs/quickstart (options: --help)")
-        needs = f"{name} needs a configuration file as its first word; `dpo-jax init my.yaml` writes one (options: --help)"
+        needs = f"{name} needs a configuration file as its first argument; `dpo-jax init my.yaml` writes one (options: --help)"
         raise ConfigError("\n".join([needs, *_foreign_words(args, _shown(command))]))
     changed = _override(name, command, config, path, flags)
     kept = {field: line for field, line in lines.items() if _get(changed, field) == _get(config, field)}

@@ -10,12 +10,12 @@ Exit codes:
     71   a device ran out of memory; the message lists options that need less
     73   another run uses the run directory
     74   a file cannot be read or written (missing, no permission, disk full, damaged)
-    75   labels are missing (judge, online: spending cap, endpoint, people); the same command continues
+    75   labels are missing (judge, online: spending cap, endpoint, people); rerun the command to continue
     76   a loss, gradient or log-probability is NaN or infinite
-    130  interrupted from the keyboard (Ctrl-C); a training run has saved its state, and the same command continues
+    130  interrupted from the keyboard (Ctrl-C); a training run has saved its state: rerun the command to resume
     134  JAX aborted: another host was silent for run.heartbeat_seconds (or 1, where the connection broke at once);
          start all hosts again, and the run continues
-    143  asked to stop (SIGTERM); a training run has saved its state, and the same command continues
+    143  asked to stop (SIGTERM); a training run has saved its state: rerun the command to resume
 
 Expected errors are one message without a traceback; `DPO_JAX_TRACEBACK=1` shows it. Commands import JAX only when they run.
 """
@@ -97,7 +97,7 @@ def _outliving_its_reader(stream: Any) -> None:
         except BrokenPipeError:
             _to_nowhere(stream)
             if stream is not sys.stderr:
-                print("dpo-jax: nobody reads the standard output any more; the command goes on without it", file=sys.stderr)
+                print("dpo-jax: standard output was closed; continuing without it", file=sys.stderr)
             return work(*arguments)
 
     for name in ("write", "flush"):
@@ -124,7 +124,7 @@ def _run(args: list[str]) -> int:
     if name not in COMMANDS:
         known = [*WITHOUT_CONFIG, *COMMANDS]
         if name in OF_TRL:
-            raise ConfigError(f"{name}: a command of TRL; here: {OF_TRL[name]}")
+            raise ConfigError(f"{name}: a TRL command; equivalent: {OF_TRL[name]}")
         raise ConfigError(f"{name}: unknown command{suggest(name, known)} (commands: {', '.join(known)})")
     rest, scope = check_scope.scope_of(rest)
     config = parse(name, rest)
@@ -254,7 +254,7 @@ before spending money:
 exit codes:
 {textwrap.indent(textwrap.dedent(codes), "  ")}
 
-"None" in a flag is null in a file. Set DPO_JAX_TRACEBACK=1 to see where an error comes from."""
+Write None in a flag where a file has null. Set DPO_JAX_TRACEBACK=1 to see where an error comes from."""
 
 
 def _version() -> str:

@@ -1,4 +1,4 @@
-"""What to change in a configuration after a device ran out of memory."""
+"""Suggestions after a device ran out of memory: options that need less, with the values to set."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def out_of_memory(name: str, config: Config, error: BaseException) -> OutOfMemor
     if same:
         lines += ["These options need less memory, and an unfinished run continues with them:", *_aligned(same)]
     if other:
-        lines += ["These need less as well, but begin another run (in another --run.dir):", *_aligned(other)]
+        lines += ["These also need less memory, but start a new run (set another --run.dir):", *_aligned(other)]
     if name in ("sft", "dpo", "refs"):
         lines.append("`dpo-jax plan CONFIG` computes the memory of a training step before it runs.")
     return OutOfMemory("\n".join(lines))

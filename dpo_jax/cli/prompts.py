@@ -153,14 +153,14 @@ def _prompt(asked: Asked, tokenizer: Any, *, chat: bool, root: Path) -> Prompt:
         check_text(value, field=field)
         if not chat:
             if more:
-                raise BadRow(Cause.WRONG_TYPE, "a text that is not rendered has none; give messages", field=next(iter(more)))
+                raise BadRow(Cause.WRONG_TYPE, "applies to chat messages only; give messages", field=next(iter(more)))
             return Prompt(value)
         if rendered := [token for token in special_tokens(tokenizer) if token in value]:
             detail = f"the text contains the special token {rendered[0]!r}; a prompt that is rendered needs --sample.chat off"
             raise BadRow(Cause.EOS_IN_TEXT, detail, field=field)
         value = [{"role": "user", "content": value}]
     elif not isinstance(value, list) or not value:
-        raise BadRow(Cause.WRONG_TYPE, "a non-empty text or a list of messages is needed", field=field)
+        raise BadRow(Cause.WRONG_TYPE, "expected a non-empty string or a list of messages", field=field)
     if tokenizer.chat_template is None:
         raise BadRow(
             Cause.CHAT_TEMPLATE,

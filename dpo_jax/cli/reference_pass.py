@@ -39,7 +39,7 @@ def check_reference(config: Config, model: Model, tokenizer: Any, vision: Vision
     reading = {"name": "dpo.reference", "images": vision is not None}
     reference = build.policy_model(config, config.dpo.reference, tokenizer, **reading)
     if architecture(reference) != architecture(model):
-        raise ConfigError(f"dpo.reference: {config.dpo.reference} is a different model from the policy, not just other weights")
+        raise ConfigError(f"dpo.reference: {config.dpo.reference} differs from the policy in architecture, not just in weights")
     check_same_encoder(config, vision, config.dpo.reference, name="dpo.reference")
 
 

@@ -136,8 +136,8 @@ def trainable_of(config: Config, section: TrainingConfig, model: Model, path: st
     found, dtype = _adapter_of(folder, model, path=path)
     if found != trainable.lora:
         raise ConfigError(
-            f"lora: {path} is an adapter of {_words(found)}, but {_words(trainable.lora)} is requested. Give the section lora "
-            "the same to train it further, or merge it (dpo-jax export --export.merge) and start from the result."
+            f"lora: {path} is an adapter of {_words(found)}, but {_words(trainable.lora)} is requested. To train it "
+            "further, set section lora to match; or merge it (dpo-jax export --export.merge) and start from the result."
         )
     if dtype != options.base_dtype:
         raise ConfigError(f"lora.base_dtype: {path} was trained on a base in {dtype}; set it to that")

@@ -1,4 +1,4 @@
-"""What is known of a training run before weights are read: data, batch shapes, length and identity."""
+"""Training plan, made before weights are read: data, batch shapes, length and identity."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_LORA = "an adapter is trained where lora.rank is given"
+_LORA = "set lora.rank to train an adapter"
 _QUANTIZED = (
     "4- and 8-bit weights are not offered. lora.base_dtype bfloat16 halves the frozen weights; model.remat full saves "
     "activations"
@@ -164,7 +164,7 @@ WORDS: Mapping[str, str] = {
     **dict.fromkeys(("project", "wandb_project"), "run.wandb, run.trackio"),
     "wandb_entity": "WANDB_ENTITY in the environment (wandb reads WANDB_TAGS and its other variables as well)",
     "trackio_space_id": "TRACKIO_SPACE_ID in the environment",
-    "resume_from_checkpoint": "run.resume, which is on: the same command continues from the newest checkpoint",
+    "resume_from_checkpoint": "run.resume, on by default: rerun the command to continue from the newest checkpoint",
     **dict.fromkeys(("fsdp", "fsdp_config", "deepspeed", "parallelism_config", "accelerator_config"), _SHARDED),
     **dict.fromkeys(("accelerate_config", "config_file"), _SHARDED),
     "num_processes": "run.devices mesh takes all devices of a machine (run.num_processes is the number of machines)",

@@ -1,4 +1,4 @@
-"""Looks up option names and values of TRL, transformers, PEFT and the original DPO code: what is their equivalent here?
+"""Looks up option names and values of TRL, transformers, PEFT and the original DPO code, and returns their equivalents here.
 
 An unknown flag or key of a file is looked up in `word_table.WORDS`, in any spelling: `--learning-rate`, `learning_rate:`,
 `--training.learning_rate`. An option of ours without its section (`--beta`) or its dot (`--eval-policy`) is found as well.

@@ -61,7 +61,7 @@ def check_scored(scored: Any, ids: Any, label: str) -> None:
         return
     if np.shape(scored) != np.shape(ids) or np.asarray(scored).dtype != bool:
         shape = f"{np.asarray(scored).dtype}{list(np.shape(scored))}"
-        raise ValueError(f"{label}: which tokens are scored is {shape}; bool{list(np.shape(ids))} is expected")
+        raise ValueError(f"{label}: the mask of scored tokens is {shape}; expected bool{list(np.shape(ids))}")
     if not np.any(scored):
         raise ValueError(f"{label} has no scored token")
 

@@ -87,7 +87,7 @@ def chat_text(messages: Any, *, uid: str, tokenizer: Any, tools: Any = None, cha
     turns = read_messages(messages, "messages", tokenizer)
     first = next((number for number, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
     if first in (0, len(turns)):
-        detail = "the assistant speaks first: there is nothing that it answers" if not first else "no turn of the assistant"
+        detail = "the assistant speaks first, so there is no prompt" if not first else "no turn of the assistant"
         raise BadRow(Cause.NO_PROMPT if not first else Cause.EMPTY, detail, field="messages")
     return _conversation(template, turns[:first], {"messages": turns[first:]})
 
@@ -176,7 +176,7 @@ def _check_prompt(turns: list[Message], field: str) -> None:
 
 def _check_apart(prompt: list[Message], sides: list[list[Message]]) -> None:
     if all(side[: len(prompt)] == prompt for side in sides):
-        detail = "both begin with the messages of the prompt: leave these out, or the column prompt"
+        detail = "both repeat the messages of the prompt: remove them there, or leave out the column prompt"
         raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field="chosen, rejected")
 
 

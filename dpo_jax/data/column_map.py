@@ -99,7 +99,7 @@ def _joined(row: Row, names: Collection[str], key: str) -> Any:
         return value
     for name, value in values.items():
         if value is not None and not isinstance(value, str):
-            raise BadRow(Cause.WRONG_TYPE, f"a text is needed to join it, but this is {type(value).__name__}", field=name)
+            raise BadRow(Cause.WRONG_TYPE, f"expected a string to join, got {type(value).__name__}", field=name)
         check_text(value or "", field=name)
     return "\n".join(value for value in values.values() if value and value.strip())
 

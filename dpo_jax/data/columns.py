@@ -56,9 +56,9 @@ def text(row: Row, field: str, *, inside: str = "") -> str:
     """The text in a column. Raises `BadRow` if it is missing, not a text, or contains what no tokenizer accepts."""
     value = column(row, field, inside=inside)
     if isinstance(value, float) and math.isnan(value):
-        raise BadRow(Cause.NAN, "NaN where a text is needed", field=inside + field)
+        raise BadRow(Cause.NAN, "expected a string, got NaN", field=inside + field)
     if not isinstance(value, str):
-        raise BadRow(Cause.WRONG_TYPE, f"a text is needed, this is {type(value).__name__}", field=inside + field)
+        raise BadRow(Cause.WRONG_TYPE, f"expected a string, got {type(value).__name__}", field=inside + field)
     check_text(value, field=inside + field)
     return str(value)
 
@@ -73,9 +73,9 @@ def truth(row: Row, field: str) -> bool:
     except BadRow as problem:
         if not isinstance(value, CsvText) or problem.cause != Cause.WRONG_TYPE:
             raise
-        raise BadRow(problem.cause, f"true or false, or 1 or 0, is needed, this is {value[:40]!r}", field=field) from None
+        raise BadRow(problem.cause, f"expected true, false, 1 or 0, got {value[:40]!r}", field=field) from None
     if found not in (0, 1):
-        raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}", field=field)
+        raise BadRow(Cause.OUT_OF_RANGE, f"expected true, false, 1 or 0, got {found:g}", field=field)
     return bool(found)
 
 
@@ -99,13 +99,13 @@ def number(row: Row, field: str, *, inside: str = "") -> float:
         try:
             value = float(value)
         except ValueError:
-            raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {value[:40]!r}", field=inside + field) from None
+            raise BadRow(Cause.WRONG_TYPE, f"expected a number, got {value[:40]!r}", field=inside + field) from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise BadRow(Cause.WRONG_TYPE, f"a number is needed, this is {type(value).__name__}", field=inside + field)
+        raise BadRow(Cause.WRONG_TYPE, f"expected a number, got {type(value).__name__}", field=inside + field)
     if isinstance(value, int) and abs(value) >= 2**1023:
         raise BadRow(Cause.OUT_OF_RANGE, "too large a number", field=inside + field)
     if not math.isfinite(value):
-        raise BadRow(Cause.NAN, f"{value} where a finite number is needed", field=inside + field)
+        raise BadRow(Cause.NAN, f"expected a finite number, got {value}", field=inside + field)
     return value
 
 

@@ -199,7 +199,7 @@ def _refuse_quotes(name: str, line: int, error: csv.Error) -> NoReturn:
     if "field larger" in str(error) or "unexpected end of data" in str(error):
         what = 'a quote (") opens in this row and is never closed'
     elif "new-line character" in str(error):
-        detail = "a carriage return (CR) alone, which ends no line here; save the file with line ends LF or CR LF"
+        detail = "a carriage return (CR) without LF is not read as a line end; save the file with line ends LF or CR LF"
         refuse(Cause.BAD_CSV, f"{name}:{line}", f"{detail}, and cells with line breaks in quotes")
     else:
         what = f"quotes are wrong in this row ({error})"

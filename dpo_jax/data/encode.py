@@ -221,7 +221,7 @@ def encode(
     if isinstance(get("between", ()), str):
         from dpo_jax.data.pairs import BadRow, Cause
 
-        raise BadRow(Cause.WRONG_TYPE, "a list of completions is needed, this is one text", field="between")
+        raise BadRow(Cause.WRONG_TYPE, "expected a list of completions, got one string", field="between")
     between = [ended_ids(text, tokenizer, name=f"completion {i + 1}", chat=chat) for i, text in enumerate(get("between", ()))]
     full = {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected), "between": sum(map(len, between))}
 
@@ -329,7 +329,7 @@ def _spans_ids(tokenizer: Any, text: str, name: str, spans: Sequence[tuple[int, 
     The template may have ended each turn with EOS. None is added if it ends turns with another token.
     """
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{name}: of several turns only a fast tokenizer (tokenizer.json) can tell the assistant's tokens")
+        raise ValueError(f"{name}: finding the assistant's tokens in several turns needs a fast tokenizer (tokenizer.json)")
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = np.asarray(encoded["input_ids"], np.int32), np.asarray(encoded["offset_mapping"], np.int64).reshape(-1, 2)
     own = np.flatnonzero(ids == tokenizer.eos_token_id)

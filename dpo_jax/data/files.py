@@ -181,7 +181,7 @@ def _parse(line: bytes) -> Row | BadRow:
         cut = "" if line.endswith(b"\n") else " (last line, without a newline: is the file cut off?)"
         return BadRow(Cause.INVALID_JSON, f"{error}{cut}")
     if not isinstance(row, dict):
-        return BadRow(Cause.WRONG_TYPE, f"a JSON object is needed, this is {kind_of(row)}")
+        return BadRow(Cause.WRONG_TYPE, f"expected a JSON object, got {kind_of(row)}")
     return row
 
 

@@ -335,4 +335,4 @@ def markdown() -> str:
         )
         lines.append(f"| `{format.name}` | {format.title} | {shown} | `{json.dumps(format.example)}` |")
     order = ", ".join(f"`{format.name}`" for format in _FORMATS if format.told_by)
-    return "\n".join(lines) + f"\n\nThe first of {order} that fits is taken.\n"
+    return "\n".join(lines) + f"\n\nThe first format of {order} whose columns match is used.\n"

@@ -140,7 +140,7 @@ def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         question, answers = text(row, "prompt"), [text(row, side) for side in ("response_0", "response_1")]
         better = number(row, "better_response_id")
         if better not in (0, 1):
-            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {better:g}", field="better_response_id")
+            raise BadRow(Cause.OUT_OF_RANGE, f"expected 0 or 1, got {better:g}", field="better_response_id")
         return _answered(question, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
@@ -161,7 +161,7 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     def preference(uid: str, row: Row) -> Preference:
         asked, sides = column(row, "input"), [column(row, names[side]) for side in ("chosen", "rejected")]
         if not isinstance(asked, Mapping):
-            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(asked).__name__}", field="input")
+            raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {type(asked).__name__}", field="input")
         options = {"tools": asked["tools"]} if asked.get("tools") else {}
         messages = column(asked, "messages", inside="input.")
         try:
@@ -180,7 +180,7 @@ def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         context, preferred = column(row, "context"), number(row, "overall_preference")
         answers = [[{"role": "assistant", "content": text(row, side)}] for side in ("response1", "response2")]
         if not -3 <= preferred <= 3:
-            raise BadRow(Cause.OUT_OF_RANGE, f"-3 to 3 is needed, this is {preferred:g}", field="overall_preference")
+            raise BadRow(Cause.OUT_OF_RANGE, f"expected -3 to 3, got {preferred:g}", field="overall_preference")
         if preferred == 0:
             raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
         chosen, rejected = answers if preferred < 0 else answers[::-1]
@@ -195,11 +195,11 @@ def tldr(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     def preference(uid: str, row: Row) -> Preference:
         info, summaries, choice = column(row, "info"), column(row, "summaries"), number(row, "choice")
         if not isinstance(info, Mapping):
-            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(info).__name__}", field="info")
+            raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {type(info).__name__}", field="info")
         if not (isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, Mapping) for s in summaries)):
             raise BadRow(Cause.WRONG_TYPE, "a list of two objects is needed", field="summaries")
         if choice not in (0, 1):
-            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {choice}", field="choice")
+            raise BadRow(Cause.OUT_OF_RANGE, f"expected 0 or 1, got {choice}", field="choice")
         post = {field: text(info, field, inside="info.") for field in ("subreddit", "title", "post")}
         prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}\nTL;DR:"
         texts = [_spaced(text(summary, "text", inside=f"summaries.{i}.")) for i, summary in enumerate(summaries)]
@@ -221,9 +221,9 @@ def shp(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         scores = [number(row, "score_A"), number(row, "score_B")]
         label = number(row, "labels")
         if label not in (0, 1):
-            raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {label}", field="labels")
+            raise BadRow(Cause.OUT_OF_RANGE, f"expected 0 or 1, got {label}", field="labels")
         if min(scores) <= 0:
-            raise BadRow(Cause.OUT_OF_RANGE, f"positive scores are needed, these are {scores}", field="score_A, score_B")
+            raise BadRow(Cause.OUT_OF_RANGE, f"expected positive scores, got {scores}", field="score_A, score_B")
         if max(scores) / min(scores) < SHP_MIN_RATIO:
             raise BadRow(Cause.SCORE_RATIO, f"the scores {scores} are less than a factor of {SHP_MIN_RATIO:g} apart")
         chosen, rejected = responses if label == 1 else responses[::-1]
@@ -249,7 +249,7 @@ def stack_exchange(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         try:
             question = _without_html(row, "question")
             if not question.strip():
-                raise BadRow(Cause.NO_PROMPT, "nothing is left of the question without its HTML", field="question")
+                raise BadRow(Cause.NO_PROMPT, "the question is blank once its HTML is removed", field="question")
             prompt = as_transcript(question)
             check_length(prompt, field="question")
             answers = _answers(row)
@@ -290,7 +290,7 @@ def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
     def ranking(uid: str, row: Row) -> Ranking:
         several = column(row, "completions")
         if not isinstance(several, list):
-            detail = f"a list of completions is needed, this is {type(several).__name__}"
+            detail = f"expected a list of completions, got {type(several).__name__}"
             raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
         if len(several) < 2:
             raise BadRow(
@@ -322,7 +322,7 @@ def _ranks(row: Row, count: int) -> list[float]:
             continue
         if not isinstance(values, list) or len(values) != count:
             what = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
-            raise BadRow(Cause.WRONG_TYPE, f"a list of {count} numbers is needed, this is {what}", field=field)
+            raise BadRow(Cause.WRONG_TYPE, f"expected a list of {count} numbers, got {what}", field=field)
         items = {str(i): value for i, value in enumerate(values)}
         found[field] = [sign * number(items, name, inside=f"{field}.") for name in items]
     if len(found) == 2 and any(

@@ -166,7 +166,7 @@ def _source(value: Any, field: str) -> Source:
             if name == "base64" and isinstance(inside, str):
                 return from_base64(inside, f"{field}.base64")
             return _source(inside, f"{field}.{name}")
-    detail = f"bytes, a path or {{'bytes', 'path'}} is needed, this is {type(value).__name__}"
+    detail = f"expected bytes, a path or {{'bytes', 'path'}}, got {type(value).__name__}"
     raise BadRow(Cause.NO_IMAGE if not value else Cause.WRONG_TYPE, detail, field=field)
 
 

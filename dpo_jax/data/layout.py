@@ -34,7 +34,8 @@ Example = Encoded | PairGroup | Text
 
 
 def causal_rows(tokens: Array | Sequence[Sequence[int]]) -> Rows:
-    """Plain language-model rows: each token of `tokens` int32[R, L] sees itself and those before it; all but the first score.
+    """Plain language-model rows: each token of `tokens` int32[R, L] sees itself and those before it.
+    All but the first are scored.
 
     >>> rows = causal_rows([[5, 6, 7], [8, 9, 4]])
     >>> rows.target.tolist(), rows.slots

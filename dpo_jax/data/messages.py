@@ -68,7 +68,7 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
 
     Raises `BadRow`, also for a text that contains a special token."""
     if not isinstance(value, list) or not value:
-        detail = "a list of messages is needed, " + ("this one is empty" if value == [] else f"this is {type(value).__name__}")
+        detail = "expected a list of messages, got " + ("an empty list" if value == [] else type(value).__name__)
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
     if len(value) > MAX_MESSAGES:
         raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
@@ -77,12 +77,12 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
 
 def _message(message: Any, place: str, tokenizer: Any) -> Message:
     if not isinstance(message, Mapping):
-        raise BadRow(Cause.WRONG_TYPE, f"a message is needed, this is {type(message).__name__}", field=place)
+        raise BadRow(Cause.WRONG_TYPE, f"expected a message, got {type(message).__name__}", field=place)
     text(message, "role", inside=f"{place}.")
     # parquet gives every message every key that any message has
     kept = {key: item for key, item in message.items() if item is not None}
     if kept.get("weight", 1) not in (0, 1):
-        raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {kept['weight']!r}", field=f"{place}.weight")
+        raise BadRow(Cause.OUT_OF_RANGE, f"expected 0 or 1, got {kept['weight']!r}", field=f"{place}.weight")
     calls = kept.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
         raise BadRow(Cause.WRONG_TYPE, "a list of tool calls (objects) is needed", field=f"{place}.tool_calls")
@@ -116,7 +116,7 @@ def _joined(parts: list[Any], place: str) -> str:
             texts.append(part.mark)
             continue
         if not isinstance(part, Mapping):
-            raise BadRow(Cause.WRONG_TYPE, f"a content part is needed, this is {type(part).__name__}", field=inside)
+            raise BadRow(Cause.WRONG_TYPE, f"expected a content part, got {type(part).__name__}", field=inside)
         kind = text(part, "type", inside=f"{inside}.")
         if kind != "text":
             raise BadRow(
@@ -206,7 +206,7 @@ def _variables(value: Any, tokenizer: Any) -> dict[str, Any]:
     if not value:
         return {}
     if not isinstance(value, Mapping):
-        raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(value).__name__}", field=field)
+        raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {type(value).__name__}", field=field)
     for name in value:
         if name in _reserved(tokenizer):
             raise BadRow(Cause.WRONG_TYPE, f"{name!r} cannot be set by a row", field=field)
@@ -229,7 +229,7 @@ def _parsed(value: Any, field: str) -> Any:
     try:
         return parse_json(value)
     except (ValueError, RecursionError) as error:
-        raise BadRow(Cause.INVALID_JSON, f"a text here is read as JSON: {error}", field=field) from error
+        raise BadRow(Cause.INVALID_JSON, f"a string here must be valid JSON: {error}", field=field) from error
 
 
 def _strings(value: Any, place: str) -> Iterator[tuple[str, str]]:

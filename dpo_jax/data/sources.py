@@ -121,7 +121,7 @@ def load_preferences(
                 except BadRow as problem:
                     triage.reject(uid, mapped.named(problem))
     except MemoryError:  # a small file may unpack to any size
-        detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
+        detail = f"out of memory on this machine after {report.rows:,} rows; use fewer rows"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
     if report.format == "trl":
         preferences = _with_prompt_once(preferences, triage)

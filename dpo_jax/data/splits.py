@@ -37,9 +37,7 @@ def find_files(source: str | Path, split: str, *, report: DataReport) -> list[tu
         _stem(source)
         return [(readable_name(source.name), source)]
     if source.exists() and not source.is_dir():
-        refuse(
-            Cause.BAD_LAYOUT, source, f"a file or a folder is needed, this is {special_kind(source)}; write it to a file first"
-        )
+        refuse(Cause.BAD_LAYOUT, source, f"expected a file or a folder, got {special_kind(source)}; write it to a file first")
     if not source.is_dir():
         several = "; " + _SEVERAL.format(split=split) if set("*?,") & set(source.name) else ""
         refuse(Cause.BAD_LAYOUT, source, f"no such file or folder{several or _of_the_hub(source)}")

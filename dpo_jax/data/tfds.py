@@ -271,7 +271,7 @@ def _spans(text: str, field: str) -> Spans:
 def _decoded(record: Mapping[str, Any], field: str) -> str:
     value = record[field]
     if not isinstance(value, bytes):
-        raise BadRow(Cause.WRONG_TYPE, f"a text is needed, this is {type(value).__name__}", field=field)
+        raise BadRow(Cause.WRONG_TYPE, f"expected a string, got {type(value).__name__}", field=field)
     try:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:

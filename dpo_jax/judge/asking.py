@@ -181,7 +181,7 @@ class _Asker:
                     self.in_flight += 1
                     return True
                 if not self.in_flight:
-                    self.stop(f"the next question could exceed {cap}: raise the cap, and the same command continues")
+                    self.stop(f"the next question could exceed {cap}: raise the cap, then rerun the command to continue")
                     self.landed.notify_all()
                     return False
                 await self.landed.wait()

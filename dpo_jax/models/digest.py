@@ -1,4 +1,4 @@
-"""The identity of weights: one SHA-256 over a model's parameters, computed while they are read."""
+"""Weight digests: one SHA-256 over a model's parameters, computed while they are read."""
 
 from __future__ import annotations
 

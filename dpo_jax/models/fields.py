@@ -68,7 +68,7 @@ class Fields:
         value = self.all.get(key)
         value = default if value is None else value
         if not isinstance(value, str):
-            self.wrong(key, "a text")
+            self.wrong(key, "a string")
         return value
 
     def texts(self, key: str) -> list[str]:

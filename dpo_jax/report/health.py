@@ -120,7 +120,7 @@ def _displacement(policy: Values, reference: Values, training: Rows) -> Finding:
     return Note(
         "displacement of the chosen",
         f"The chosen completions became less likely, by {-moved:.1f} nats each (threshold: {DISPLACED:g} nat).",
-        "Likelihood displacement: the loss asks for a margin only, and the probability moves to texts that nobody preferred "
+        "Likelihood displacement: the loss sees only the margin, and the probability moves to texts that nobody preferred "
         "(Razin et al. 2024). Read the samples.",
         "Try a larger beta, a lower learning rate or fewer steps, SFT on the chosen completions first, and fewer pairs whose "
         "two completions are nearly alike.",
@@ -178,7 +178,7 @@ def _length(policy: Values, reference: Values, training: Rows) -> Finding:
     return Note(
         "length",
         f"{found} (noted above {LONGER:g}).",
-        "DPO tends to longer texts (Park et al. 2024), and judges prefer them: length may explain a win rate.",
+        "DPO tends towards longer texts (Park et al. 2024), and judges prefer them: length may explain a win rate.",
         "See how often chosen is the longer side (dpo-jax audit); compare at equal length (dpo-jax judge); try a larger beta.",
     )
 

@@ -191,7 +191,7 @@ def read_results(path: Path) -> list[dict[str, str]]:
             raise Unreadable(f"{path}:{number}: has no {missing[0]}")
         with reading(f"{path}:{number}"):
             if not all(math.isfinite(float(row[name])) for name in RESULTS[3:]):
-                raise ValueError("a number is needed, this is NaN or infinite")
+                raise ValueError("expected a number, got NaN or infinite")
     return [row for _, row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are either restored bit for bit or not at all.
+"""Checkpoints of training state, verified by digests: restored bit for bit, or set aside.
 
 Orbax writes asynchronously and atomically, but it silently restores a flipped bit or an array of another dtype, and takes an
 empty folder for the latest step (seen with orbax 0.12.8). So each step also has a record: shape, dtype and digest of every
@@ -100,8 +100,8 @@ class Checkpoints:
     """The checkpoints of one run in `directory`; the newest `max_to_keep` are kept. A context manager.
 
     Several hosts share the directory, and all of them make every call. For each of the newest steps, step `origin(step)` is
-    kept as well. If the context ends with an error without a true `agreed`, a host does not wait for the others, who may not
-    have it: a save that is still running is then lost.
+    kept as well. If the context ends with an error and `agreed` is not true, a host does not wait for the others, which may
+    not have failed: a save in progress is then lost.
 
     Without `read_only` it must be the only user of the directory (`RunDir` holds the lock), and leftovers of a killed process
     are removed at the start. With `read_only` nothing is changed, and a run may be writing at the same time.

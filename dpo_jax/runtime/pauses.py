@@ -1,7 +1,7 @@
 """Points at which long work can be interrupted: between two batches of an evaluation, a reference pass or a round of samples.
 
-A training loop that is told to stop must not wait for the end of a long evaluation: a machine that is taken away leaves half a
-minute. So such work calls `pause()` after each batch, and the loop around it says what happens then.
+A training loop that is told to stop must not wait for the end of a long evaluation: preemption leaves half a minute. So such
+work calls `pause()` after each batch, and the surrounding loop decides what happens then.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Seals: lists of the files in a folder, which reveal changed, missing and extra files, including files that nobody reads.
+"""Seals: lists of the files in a folder, which reveal changed, missing and extra files, even those that a restore never reads.
 
-It is the file `files.json` in that folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}. For
-files above `HASHED_BYTES` it has only the size: array data are not read again for the seal, because every array has its own
-digest. A flipped bit in such a file is therefore found if it is in an array; nobody reads the bytes between arrays.
+A seal is the file `files.json` in the folder: {"files": {path: {"bytes": size, "sha256": of the content}}, "digest": of that}.
+For files above `HASHED_BYTES` it has only the size: array data are not read again for the seal, because every array has its
+own digest. A flipped bit in such a file is therefore found if it is in an array; the bytes between arrays are never read.
 """
 
 from __future__ import annotations

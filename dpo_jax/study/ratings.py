@@ -99,7 +99,7 @@ def _key(content: dict[str, Any]) -> Key:
     for place, item in enumerate(_typed(content, "items", list)):
         inside = f"items[{place}]."
         if not isinstance(item, dict):
-            raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {kind_of(item)}", field=inside[:-1])
+            raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {kind_of(item)}", field=inside[:-1])
         name, prompt = text(item, "id", inside=inside), text(item, "prompt", inside=inside)
         of, both = _typed(item, "methods", list, inside=inside), _typed(item, "texts", list, inside=inside)
         if of not in (["a", "b"], ["b", "a"]) or len(both) != 2 or not all(isinstance(one, str) for one in both):
@@ -182,7 +182,7 @@ def _rater_file(path: str | Path, key: Key) -> RaterFile:
 
 def _judgment(rating: Any, rater: str, assigned: Mapping[str, int], key: Key) -> Judgment:
     if not isinstance(rating, dict):
-        raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(rating).__name__}", field="item")
+        raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {type(rating).__name__}", field="item")
     item, choice = text(rating, "item"), text(rating, "choice")
     if item not in assigned:
         raise BadRow(Cause.OUT_OF_RANGE, f"{item!r} is not on the list of this rater", field="item")
@@ -303,7 +303,7 @@ def _typed(row: Mapping[str, Any], field: str, kind: type[T], *, inside: str = "
     value = column(row, field, inside=inside)
     if not isinstance(value, kind):
         needed = "a list" if kind is list else "an object"
-        raise BadRow(Cause.WRONG_TYPE, f"{needed} is needed, this is {kind_of(value)}", field=inside + field)
+        raise BadRow(Cause.WRONG_TYPE, f"expected {needed}, got {kind_of(value)}", field=inside + field)
     return value
 
 
@@ -316,5 +316,5 @@ def _json(path: str | Path, what: str) -> dict[str, Any]:
             raise ValueError("not a file")
         found = parse_json(read_bytes(path))
         if not isinstance(found, dict):
-            raise ValueError(f"a JSON object is needed, this is {kind_of(found)}")
+            raise ValueError(f"expected a JSON object, got {kind_of(found)}")
         return found

@@ -1,4 +1,4 @@
-"""A run that ends with the weights of its best evaluation, early or at its full length."""
+"""Early stopping, and keeping the weights of the best evaluation."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ def _bos(report: Mapping[str, Any]) -> Iterator[Note]:
     elif not report["conversations"] and bos["tokenizer_adds_it"] != (bos["pairs"] > 0):
         own, here = ("begins", "do not") if bos["tokenizer_adds_it"] else ("does not begin", "do")
         found = f"the tokenizer {own} a text with BOS, but prompts {here} (--data.bos {bos['option']})"
-        yield _note("bos", found, "the server of the policy must encode prompts the same way")
+        yield _note("bos", found, "when you serve the policy, encode prompts the same way")
 
 
 def _template(config: Config, report: Mapping[str, Any]) -> Iterator[Note]:

@@ -98,7 +98,7 @@ def _load(config: Config) -> Compared:
     judged = build.policy_model(config, config.eval_policy(), tokenizer, name="eval.policy", images=images)
     if architecture(judged) != architecture(model):
         raise ConfigError(
-            f"eval.reference: {config.dpo_reference()} is a different model from the policy, not just other weights"
+            f"eval.reference: {config.dpo_reference()} differs from the policy in architecture, not just in weights"
         )
     partitioner = build.make_partitioner(config, model)
     held_out = encode_shown(config, preferences, tokenizer, vision)

@@ -80,7 +80,7 @@ class ControlConfig:
         if self.hidden is not None and not all(is_count(part.strip()) for part in self.hidden.split(",")):
             yield "hidden", f"must be whole numbers above 0, separated by commas, or null, got {self.hidden!r}"
         if self.world == "lqr" and self.hidden is not None:
-            yield "hidden", "must be null in the world lqr: costs are exact for affine policies alone"
+            yield "hidden", "must be null in the world lqr: costs are exact only for affine policies"
         if self.world == "pendulum" and self.episodes == 1:
             yield "episodes", "must be at least 2: the interval of a return is over episodes"
         if self.segments < 2:

@@ -44,7 +44,7 @@ class DataConfig:
 
     source: Literal["reviews", "question_game", "files", "tfds", "snippets", "imdb", "cnn_dailymail"] = "files"
     """files; generated: reviews, question_game; tfds: folders that prepare writes; texts only: snippets (rt-polarity), imdb
-    (that of TFDS), cnn_dailymail."""
+    (from TFDS), cnn_dailymail."""
     path: str | None = None
     """File or folder of the data, or a Hugging Face Hub data set (organization/name). Generated sources have none."""
     config: str | None = None

@@ -80,7 +80,7 @@ class SampleConfig:
             if (text := getattr(self, field)) is not None and not all(good(part.strip()) for part in text.split(",")):
                 yield field, f"must be {what}, separated by commas, got {text!r}"
         if self.reward_model is not None and self.best_of is None:
-            yield "reward_model", "chooses among the completions of best_of: set that, or leave it out"
+            yield "reward_model", "is used only with sample.best_of: set that, or leave it out"
         if not 0 < self.top_p <= 1:
             yield "top_p", f"must be above 0 and at most 1, got {self.top_p}"
 

@@ -121,7 +121,7 @@ class MeshConfig:
             if size < 1 and size != -1:
                 yield field, f"must be at least 1, or -1 for the rest, got {size}"
         if self.context == -1:
-            yield "context", "must be a number, which row lengths are rounded up to; only other sizes can be -1"
+            yield "context", "must be a number (row lengths become multiples of it); only other sizes can be -1"
         free = [field for field, size in sizes.items() if size == -1]
         if len(free) > 1:
             yield free[1], f"only one size can be -1, and {free[0]} is already; set one of them"

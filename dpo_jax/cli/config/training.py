@@ -65,12 +65,12 @@ class TrainingConfig(OptimizerConfig):
     optimizer state stays float32."""
 
     patience: int = 0
-    """Early stopping: stop after this many evaluations in a row without a better stop_on, and keep the best weights; 0:
+    """Early stopping: stop after this many evaluations in a row without improvement in stop_on, and keep the best weights; 0:
     off. run.eval_every_examples sets how often evaluations run."""
     stop_on: Literal["loss", "nll_per_token", "rewards/accuracies", "rewards/margins"] = "loss"
     """Held-out metric for patience and keep_best. nll_per_token is for sft only, rewards/... for dpo only."""
     keep_best: bool = False
-    """End with the weights of the evaluation with the best stop_on, not with the last ones; the run has its full length."""
+    """Keep the weights of the evaluation with the best stop_on instead of the last; the run still goes to its end."""
 
     def optimizer_options(self) -> dict[str, Any]:
         """The values of all optimizer options."""
@@ -117,7 +117,7 @@ class TrainingConfig(OptimizerConfig):
 
     def _check_length(self) -> Iterator[Problem]:
         if self.steps is not None and self.epochs != 1:
-            yield "steps", f"set steps or epochs, not both (epochs is {self.epochs:g}): the run is as long as one of them says"
+            yield "steps", f"set steps or epochs, not both (epochs is {self.epochs:g}): each sets the length of the run"
         if self.warmup_ratio is None:
             return
         if not 0 <= self.warmup_ratio <= 1:

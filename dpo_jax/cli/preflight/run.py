@@ -43,7 +43,7 @@ def run(name: str, config: Config, scope: Scope, *, path: str) -> int:
         first.args = ("\n".join(dict.fromkeys(map(str, check.problems))), *first.args[1:])
         raise first
     count = len(check.warnings)
-    verdict = f"no error, {count} warning{'s' if count > 1 else ''}" if count else "nothing is wrong with it"
+    verdict = f"no error, {count} warning{'s' if count > 1 else ''}" if count else "no problems found"
     print(f"{name} {path}: {verdict}")
     told = [*check.told, *(("warning", words) for words in check.warnings)]
     print("\n".join(f"  {what:<9}{words}" for what, words in told))

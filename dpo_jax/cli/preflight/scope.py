@@ -11,8 +11,8 @@ from dpo_jax.cli.config.file import ConfigError, is_count, suggest
 OPTIONS = """\
   --check                   check data, models, devices and the run directory, report what would run, and exit
   --check-after=CMD,CMD     the same, assuming that these commands will have run in the same run directory
-  --check-devices=N         the same, for N devices: whether the batch and the mesh divide
-  --check-elsewhere=FOLDER  the same, for hosts with a disk at FOLDER: paths inside it are not checked here"""
+  --check-devices=N         the same, for N devices: whether batch and mesh divide evenly among them
+  --check-elsewhere=FOLDER  the same, for hosts that mount FOLDER: paths inside it are not checked here"""
 
 
 class Scope(NamedTuple):
@@ -34,7 +34,7 @@ def scope_of(args: list[str]) -> tuple[list[str], Scope | None]:
     for arg in (arg for arg in args if arg.startswith("--check-")):
         name, equals, value = arg.removeprefix("--check-").partition("=")
         if name not in Scope._fields or not value:
-            raise ConfigError(f"{arg}: not understood; there are:\n{OPTIONS}")
+            raise ConfigError(f"{arg}: unknown flag; the flags of --check are:\n{OPTIONS}")
         if name == "devices" and not is_count(value):
             raise ConfigError(f"{arg}: must be a number of devices")
         for command in value.split(",") if name == "after" else ():
