@@ -11,7 +11,6 @@ again. (`cache.lock` has no content to be damaged.)
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import itertools
 import json
@@ -27,7 +26,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded, Side, image_bytes, scored_bytes
 from dpo_jax.data.loader import Batch
-from dpo_jax.locks import open_lock
+from dpo_jax.locks import open_lock, wait_for_lock
 from dpo_jax.logps import completion_logps
 from dpo_jax.shapes import check_shape
 from dpo_jax.types import Model, Rows, Variables
@@ -170,8 +169,9 @@ class ReferenceCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with os.fdopen(open_lock(self.directory / "cache.lock"), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the lock ends with the file, or with the process
+        path = self.directory / "cache.lock"
+        with os.fdopen(open_lock(path), "rb") as file:
+            wait_for_lock(file.fileno(), path)  # the lock ends with the file, or with the process
             yield
 
     def _crc(self, record: np.void) -> int:

@@ -39,7 +39,7 @@ start deletes; that takes some seconds a worker. Other keys are not sent, so a j
 Environment:
   DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)
   DPO_JAX_MOUNT         where workers mount the export           (default: /mnt/dpo_jax)
-  DPO_JAX_POLL_SECONDS  between two looks at the queued resource (default: 30)
+  DPO_JAX_POLL_SECONDS  between two looks at the queued resource, and two tries of a step (default: 30)
 
 Exit codes of run: that of the run (see dpo-jax --help); 1 when the slice could not be had or reached.
 TEXT
@@ -141,7 +141,7 @@ check_sent() {
 # Now with the data and models that the workers see. A second start on the same disk would find the same.
 check_there() {
   local found=0
-  on 0 "$(in_repository ${settings[@]+"${settings[@]}"} "${program[@]}" --check)" || found=$?
+  again_if_locked on 0 "$(in_repository ${settings[@]+"${settings[@]}"} "${program[@]}" --check)" || found=$?
   case $found in
     2 | 65 | 73 | 74) die "the run could not start, as the first worker says; $costs" "$found" ;;
   esac
@@ -335,7 +335,7 @@ story() {
 . launch/common.bash
 verb='' name='' zone='' nfs='' create_options=() command=() program=() settings=()
 dpo_jax=.venv/bin/dpo-jax # of a worker, whatever DPO_JAX_VENV is here
-mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} poll=${DPO_JAX_POLL_SECONDS:-30} state=ABSENT code=0
+mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} state=ABSENT code=0
 read_arguments "$@"
 check_arguments
 patience=20 # rounds in which workers do not answer
