@@ -212,15 +212,18 @@ ask() {
   asked=yes
 }
 
-# on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command.
-on() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+# on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command. A machine that
+# was switched off closes no connection: ssh asks it every 30 s, or it would wait for hours.
+on() {
+  run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" "${alive[@]/#/--ssh-flag=-o }" --command="$2"
+}
 
 in_repository() { printf 'cd dpo_jax && %s' "$(quoted "$@")"; }
 
 install() {
   local archive=$scratch/dpo_jax.tar.gz
   run git archive --format=tar.gz --output="$archive" HEAD &&
-    run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all "${alive[@]/#/--scp-flag=-o }" &&
     on all "$(setup)"
 }
 
@@ -338,6 +341,7 @@ dpo_jax=.venv/bin/dpo-jax # of a worker, whatever DPO_JAX_VENV is here
 mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} state=ABSENT code=0
 read_arguments "$@"
 check_arguments
+alive=(ServerAliveInterval=30 ServerAliveCountMax=4)
 patience=20 # rounds in which workers do not answer
 costs="the slice costs until: $0 delete $name --zone $zone"
 scratch=/tmp/dpo_jax
