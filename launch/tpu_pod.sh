@@ -9,6 +9,7 @@ usage() {
 Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- COMMAND CONFIG.yaml [--section.option VALUE ...]]
 
   run      all steps: check, create, wait, install, start, follow. After a preemption it begins again, until the run has ended.
+           After the loss of a host on a slice that stays it installs and starts again, at most 5 times.
            The same command continues at any point; if the run is active, it follows it
   create   asks for the slice (a queued resource). --accelerator-type and --runtime-version say which, --spot or --reserved
            how (neither: on demand). These and other options go to `gcloud compute tpus queued-resources create`
@@ -319,7 +320,17 @@ preempted() {
   return 1
 }
 
+# Whether to start again on a slice that stays, because a host was lost: 134 and 137 say so, and 1 where the connection broke at
+# once. An error of the program is 1, too: so only five times.
+start_again() {
+  case $code in 1 | 134 | 137) ;; *) return 1 ;; esac
+  [ "$restarts" -lt 5 ] || return 1
+  restarts=$((restarts + 1))
+  say "exit code $code, as after the loss of a host, and $name is still there: starting again ($restarts of 5)"
+}
+
 story() {
+  local restarts=0
   while :; do
     have_slice
     if [ "$dry_run" = yes ] || ! [[ "$(status all 2>/dev/null || true)" == *' running '* ]]; then
@@ -328,8 +339,11 @@ story() {
         continue
       fi
     fi
-    ! see_it_end || break
-    say "$name was preempted: another slice will continue the run from its last checkpoint"
+    if see_it_end; then
+      start_again || break
+    else
+      say "$name was preempted: another slice will continue the run from its last checkpoint"
+    fi
   done
   [ "$dry_run" = yes ] || say "the run has ended with exit code $code; ./launch/tpu_pod.sh delete $name --zone $zone ends the costs"
   return "$code"

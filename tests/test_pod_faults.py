@@ -13,3 +13,15 @@ def test_the_lock_of_a_lost_host_is_waited_for(pod, codes, checks):
     assert done.returncode == codes[-1], done.stderr
     assert [pod.verbs().count(verb) for verb in ("create", "ssh check")] == [1, checks]
     assert "the run directory is locked, perhaps still by a host that is lost: checking again (try 1 of 10)" in done.stderr
+
+
+@pytest.mark.parametrize(("times", "code"), [(2, 1), (9, 134), (9, 1)])
+def test_a_run_that_lost_a_host_starts_again_on_the_same_slice(pod, times, code):
+    """An error of the program looks the same: it is not repeated for ever."""
+    lost = f'[ "$(grep -c . "$CLOUD/steps")" -gt {times} ] || {{ echo gone >>"$CLOUD/steps"; exit {code}; }}\n'
+    pod.program(f"case $HOME in */0) {lost};; esac\n")
+    done = pod.run(*pod.command)
+    assert done.returncode == (0 if times == 2 else code), done.stderr
+    restarts = min(times + 1, 5)
+    assert [pod.verbs().count(verb) for verb in ("create", "scp", "ssh start")] == [1, 1 + restarts, 1 + restarts]
+    assert f"hh is still there: starting again ({restarts} of 5)" in done.stderr
