@@ -228,6 +228,17 @@ install() {
     on all "$(setup)"
 }
 
+# On a slice that has just come, the system's own updates may be running, and ssh may not yet answer.
+set_up() {
+  local try
+  for try in 1 2 3; do
+    ! install || return 0
+    ! preempted || return 1
+    say "could not set up $name (try $try of 3)"
+  done
+  return 1
+}
+
 # What a worker does to become ready. The system's Python may be older than 3.11: uv brings another.
 setup() {
   local served=${nfs%/}
@@ -235,7 +246,7 @@ setup() {
   cat <<TEXT
 set -e
 mkdir -p dpo_jax && tar -xzf dpo_jax.tar.gz -C dpo_jax
-[ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
+[ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y nfs-common; }
 sudo mkdir -p $(quoted "$mount")
 mountpoint -q $(quoted "$mount") || sudo mount -t nfs $(quoted "$nfs" "$mount")
 [ "\$(findmnt -no SOURCE $(quoted "$mount"))" = $(quoted "$served") ] || { echo $(quoted "$mount has another disk than $nfs: unmount it first") >&2; exit 1; }
@@ -334,7 +345,7 @@ story() {
   while :; do
     have_slice
     if [ "$dry_run" = yes ] || ! [[ "$(status all 2>/dev/null || true)" == *' running '* ]]; then
-      if ! { install && start; }; then
+      if ! { set_up && start; }; then
         preempted || die "could not set up or start; the messages above say why; $costs" 1
         continue
       fi

@@ -25,3 +25,12 @@ def test_a_run_that_lost_a_host_starts_again_on_the_same_slice(pod, times, code)
     restarts = min(times + 1, 5)
     assert [pod.verbs().count(verb) for verb in ("create", "scp", "ssh start")] == [1, 1 + restarts, 1 + restarts]
     assert f"hh is still there: starting again ({restarts} of 5)" in done.stderr
+
+
+def test_a_worker_that_is_not_ready_yet_is_set_up_once_more(pod):
+    uv = (pod.bin / "uv").read_text()
+    pod.add("uv", 'echo once >>"$CLOUD/tries"; [ "$(grep -c . "$CLOUD/tries")" -gt 3 ] || exit 1\n' + uv)  # two workers
+    done = pod.run(*pod.command)
+    assert done.returncode == 0, done.stderr
+    assert "could not set up hh (try 1 of 3)" in done.stderr
+    assert [pod.verbs().count(verb) for verb in ("create", "scp", "ssh start")] == [1, 3, 1]
