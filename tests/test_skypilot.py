@@ -53,6 +53,13 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     assert [code() for _ in range(5)] == [134] * 4 + [70]
     cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/dpo/500; exit 134", folder=venv)
     assert [code() for _ in range(4)] == [134] * 4
+    # Starts that cannot be counted would have no end.
+    counted = cloud.share / "hh" / "starts.0"
+    counted.unlink()
+    counted.mkdir()
+    assert code() == 70
+    counted.rmdir()
+    counted.write_text("1")
     # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
     cloud.add("dpo-jax", "exit 0", folder=venv)
     assert code() == 0
