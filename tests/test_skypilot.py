@@ -64,8 +64,14 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     cloud.add("dpo-jax", "exit 0", folder=venv)
     assert code() == 0
     # On a new machine the curve goes on, in a folder that dpo-jax takes for its own.
+    records = [results / name for name in ("wandb_run_id", "trackio_run_name", "resumes.jsonl", "writers/wandb.json")]
+    for record in records:
+        record.parent.mkdir(exist_ok=True)
+        record.write_text("kept")
+    assert code() == 0
     shutil.rmtree(cloud.clone / "runs")
     assert code() == 0
+    assert all(record.read_text() == "kept" for record in records)  # no new page at wandb
     with RunDir(results) as run:
         assert run.metrics.read_text() == "{}"
     shutil.rmtree(results)
