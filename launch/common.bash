@@ -129,6 +129,23 @@ program_on_many_hosts() {
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
 }
 
+# add_settings FOLDER: adds to `settings` what is set here and holds for the hosts, too; a folder only if it is in FOLDER, the disk
+# that they share, or in a bucket. Keys are sent in other ways.
+add_settings() {
+  local name found=()
+  for name in JAX_COMPILATION_CACHE_DIR HF_HOME LIBTPU_INIT_ARGS DPO_JAX_TRACEBACK WANDB_ENTITY WANDB_NAME TRACKIO_SPACE_ID; do
+    case $name:${!name:-} in
+      *:) continue ;;
+      JAX_COMPILATION_CACHE_DIR:gs://*) ;;
+      JAX_COMPILATION_CACHE_DIR:* | HF_HOME:*)
+        lies_in "$1" "${!name}" || { say "$name=${!name} is not set on the hosts: it is not in $1" && continue; }
+        ;;
+    esac
+    found+=("$name=${!name}")
+  done
+  [ ${#found[@]} = 0 ] || settings=(${settings[@]+"${settings[@]}"} env "${found[@]}")
+}
+
 # Fills `configs` with the configuration files that `program` reads.
 configs_of_program() {
   configs=("${program[2]:-}")

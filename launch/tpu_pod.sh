@@ -37,6 +37,9 @@ first worker checks again, now with the data and models on the shared disk.
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
 start deletes; that takes some seconds a worker. Other keys are not sent, so a judge that needs one cannot label here. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
 
+JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are in /mnt/dpo_jax, LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK, WANDB_ENTITY, WANDB_NAME and
+TRACKIO_SPACE_ID are set on the workers as here.
+
 Environment:
   DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)
   DPO_JAX_MOUNT         where workers mount the export           (default: /mnt/dpo_jax)
@@ -102,6 +105,7 @@ check_arguments() {
     run | start)
       program_on_many_hosts ${command[@]+"${command[@]}"}
       check_run_dir "$mount" "${program[@]}"
+      add_settings "$mount"
       check_here
       ;;
     install) check_sent ;;

@@ -1,6 +1,7 @@
 """launch/tpu_pod.sh and the other scripts for many hosts: hosts, locks and connections that are lost on the way."""
 
 import pytest
+from test_pods import SLICE
 from test_pods import cloud as cloud
 from test_pods import pod as pod
 
@@ -34,3 +35,25 @@ def test_a_worker_that_is_not_ready_yet_is_set_up_once_more(pod):
     assert done.returncode == 0, done.stderr
     assert "could not set up hh (try 1 of 3)" in done.stderr
     assert [pod.verbs().count(verb) for verb in ("create", "scp", "ssh start")] == [1, 3, 1]
+
+
+@pytest.mark.parametrize("script", ["tpu_pod", "gcluster"])
+def test_settings_that_are_no_secrets_reach_the_hosts(pod, script):
+    """A folder only if the hosts have it."""
+    chosen = {"JAX_COMPILATION_CACHE_DIR": "/mnt/dpo_jax/a b", "WANDB_ENTITY": "us", "HF_HOME": "/home/me/hf", "HF_TOKEN": "no"}
+    words = {"tpu_pod": ["run", "hh", *SLICE], "gcluster": ["submit", "hh"]}[script]
+    command = ["--", "hh_pipeline.sh", "--run.dir=/mnt/dpo_jax/hh"]
+    chosen |= {"DPO_JAX_MOUNT": "/mnt/dpo_jax", "DPO_JAX_SFT_CONFIG": "configs/hh.yaml"}
+    done = pod.run(f"launch/{script}.sh", "--dry-run", *words, *command, **chosen)
+    assert done.returncode == 0, done.stderr
+    given = "env DPO_JAX_SFT_CONFIG=configs/hh.yaml env 'JAX_COMPILATION_CACHE_DIR=/mnt/dpo_jax/a b' WANDB_ENTITY=us ./"
+    assert given in done.stdout.replace("'\\''", "'")
+    assert "HF_" not in done.stdout
+    assert "HF_HOME=/home/me/hf is not set on the hosts: it is not in /mnt/dpo_jax" in done.stderr
+
+
+def test_settings_are_there_when_the_program_runs(pod):
+    pod.program('echo "$LIBTPU_INIT_ARGS" >"$HOME/seen"\n')
+    done = pod.run(*pod.command, LIBTPU_INIT_ARGS="--a=1 --b")
+    assert done.returncode == 0, done.stderr
+    assert (pod.worker(1) / "seen").read_text() == "--a=1 --b\n"
