@@ -348,6 +348,16 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch):
         hosts.start("127.0.0.1:1", 2)
 
 
+def test_hosts_wait_for_each_other_as_long_as_they_are_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.append(options["initialization_timeout"]))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    hosts.start("127.0.0.1:1", 2, 0)
+    monkeypatch.setenv("DPO_JAX_JOIN_SECONDS", "300")
+    hosts.start("127.0.0.1:1", 2, 0)
+    assert asked == [1800, 300]
+
+
 def test_one_process_needs_no_one():
     assert (hosts.is_first(), hosts.anywhere(True), hosts.anywhere(False)) == (True, True, False)
     assert [hosts.agreement()(number) for number in (0, 15)] == [0, 15]
