@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from dpo_jax.runtime.metrics import MetricsLog
 SHUTDOWN_SECONDS = 3600
 # Hosts pull images, install and check before they join. JAX gives up after 5 minutes. DPO_JAX_JOIN_SECONDS takes precedence.
 JOIN_SECONDS = 1800
+
+
+logger = logging.getLogger(__name__)
 
 
 class HostsError(ValueError):
@@ -70,7 +74,8 @@ def start(
         )
     except ValueError as error:
         if missing and "coordinator_address should be defined" in str(error):
-            return  # a single process
+            logger.warning("no other hosts found: running as a single process")
+            return
         raise HostsError(f"jax.distributed does not start: {error}") from error
 
 
