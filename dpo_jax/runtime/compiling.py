@@ -31,7 +31,7 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # JAX checks once whether there is a cache and remembers the answer
-    # _write_programs_whole()
+    _write_programs_whole()
     report_compiling()
     _return_memory()
 
