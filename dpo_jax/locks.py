@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import logging
 import os
 import stat
+import threading
 from pathlib import Path
 
 from dpo_jax.untrusted import Unreadable
 from dpo_jax.writing import naming
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 10.0
+"""Seconds until a wait for a lock is logged."""
 
 
 def open_lock(path: str | os.PathLike[str], *, create: bool = True) -> int:
@@ -30,6 +39,23 @@ def open_lock(path: str | os.PathLike[str], *, create: bool = True) -> int:
         os.close(descriptor)
         raise Unreadable(_message(path))
     return descriptor
+
+
+def wait_for_lock(descriptor: int, path: str | os.PathLike[str], kind: int = fcntl.LOCK_EX) -> None:
+    """Takes the lock of an open lock file, however long another process holds it. A long wait is logged.
+
+    A file server may keep the lock of a lost host until that host starts again.
+    """
+    with contextlib.suppress(BlockingIOError):
+        return fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    words = "%s: another process has held this lock for %g s; if its host is gone for good, stop, delete it and start again"
+    note = threading.Timer(PATIENCE, logger.warning, (words, path, PATIENCE))
+    note.daemon = True
+    note.start()
+    try:
+        fcntl.flock(descriptor, kind)
+    finally:
+        note.cancel()
 
 
 def _message(path: Path) -> str:

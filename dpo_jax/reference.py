@@ -11,7 +11,7 @@ again. (`cache.lock` has no content to be damaged.)
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import itertools
 import json
@@ -27,7 +27,7 @@ import numpy as np
 
 from dpo_jax.data.encode import Encoded, Side, image_bytes, scored_bytes
 from dpo_jax.data.loader import Batch
-from dpo_jax.locks import open_lock
+from dpo_jax.locks import open_lock, wait_for_lock
 from dpo_jax.logps import completion_logps
 from dpo_jax.shapes import check_shape
 from dpo_jax.types import Model, Rows, Variables
@@ -37,6 +37,7 @@ from dpo_jax.writing import appending, leftovers, write_whole
 VERSION = "dpo_jax reference log-probabilities 1"
 IDENTITY, FILES = "identity.json", "logps-*.bin"
 STORED = {"identity": {}, "records": {str: int}, "digest": str}
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 RECORD = np.dtype([("key", "V16"), ("logps", "<f4", 2), ("crc", "<u4")])
 
 
@@ -104,7 +105,7 @@ class ReferenceCache:
     Raises `ForeignCache`, naming each field that differs, if the folder has another identity. `damaged` counts the records that
     are lost or failed their checksum; `damage` describes it file by file. A host appends to one file, `logps-{shard}.bin`, and
     reads all files. Several processes of a host may use the folder at the same time: a process holds its lock to write or
-    repair. If two compute the same pair, both use the number of the first.
+    repair. If two compute the same pair, both use the number of the first. A cache that may only be read is not repaired.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Mapping[str, Any], *, shard: int = 0) -> None:
@@ -116,14 +117,32 @@ class ReferenceCache:
         self._entries: dict[bytes, np.ndarray] = {}
         self._read_to: dict[str, int] = {}  # bytes of each file
         self.damaged, self.damage = 0, []
-        with self._locked():
-            for leftover in leftovers(self.directory, IDENTITY, FILES):
-                leftover.unlink()
-            promised = self._claim()
-            files = {path.name: self._read(path, promised.get(path.name, 0)) for path in self._files()}
-            for name in promised.keys() - files.keys():
-                self._report(promised[name], f"{name} with {promised[name]} records is gone")
-            self._count(files)
+        self._refused: OSError | None = None
+        try:
+            with self._locked():
+                self._repair()
+        except OSError as error:
+            if error.errno not in READ_ONLY or self._stored_identity() is None:
+                raise
+            self._claim()
+            self._refused = error
+            for path in self._files():
+                self._believe(path.read_bytes())
+
+    def _repair(self) -> None:
+        for leftover in leftovers(self.directory, IDENTITY, FILES):
+            leftover.unlink()
+        promised = self._claim()
+        files = {path.name: self._read(path, promised.get(path.name, 0)) for path in self._files()}
+        for name in promised.keys() - files.keys():
+            self._report(promised[name], f"{name} with {promised[name]} records is gone")
+        self._count(files)
+
+    def check_writable(self, missing: int) -> None:
+        """Raises OSError if entries are `missing`, but none can be added."""
+        if missing and self._refused is not None:
+            words = f"{os.strerror(self._refused.errno or 0)}; the cache lacks {missing:,} pairs: choose another refs.cache"
+            raise PermissionError(errno.EACCES, words, str(self.directory))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -170,8 +189,9 @@ class ReferenceCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with os.fdopen(open_lock(self.directory / "cache.lock"), "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the lock ends with the file, or with the process
+        path = self.directory / "cache.lock"
+        with os.fdopen(open_lock(path), "rb") as file:
+            wait_for_lock(file.fileno(), path)  # the lock ends with the file, or with the process
             yield
 
     def _crc(self, record: np.void) -> int:
@@ -302,6 +322,9 @@ def fill_cache(
     batch is written, and synced to disk, while the next one is computed.
     """
     todo = list(pairs) if cache is None else [pairs[number] for number in cache.missing(pairs)]
+
+    if cache is not None:
+        cache.check_writable(len(todo))
 
     def keep(batch: Batch, values: np.ndarray) -> None:
         numbers, values = batch.of_examples(values)

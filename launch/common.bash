@@ -8,6 +8,7 @@ told=no # that nothing can be checked
 # shellcheck disable=SC2034 # read by the scripts
 checked=no
 dpo_jax=${DPO_JAX_VENV:-.venv}/bin/dpo-jax
+poll=${DPO_JAX_POLL_SECONDS:-30}
 # The configurations that hh_pipeline.sh reads.
 sft_config=${DPO_JAX_SFT_CONFIG:-configs/hh_pythia28_sft.yaml} dpo_config=${DPO_JAX_DPO_CONFIG:-configs/hh_pythia28_dpo.yaml}
 
@@ -128,6 +129,23 @@ program_on_many_hosts() {
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
 }
 
+# add_settings FOLDER: adds to `settings` what is set here and holds for the hosts, too; a folder only if it is in FOLDER, the disk
+# that they share, or in a bucket. Keys are sent in other ways.
+add_settings() {
+  local name found=()
+  for name in JAX_COMPILATION_CACHE_DIR HF_HOME LIBTPU_INIT_ARGS DPO_JAX_TRACEBACK WANDB_ENTITY WANDB_NAME TRACKIO_SPACE_ID; do
+    case $name:${!name:-} in
+      *:) continue ;;
+      JAX_COMPILATION_CACHE_DIR:gs://*) ;;
+      JAX_COMPILATION_CACHE_DIR:* | HF_HOME:*)
+        lies_in "$1" "${!name}" || { say "$name=${!name} is not set on the hosts: it is not in $1" && continue; }
+        ;;
+    esac
+    found+=("$name=${!name}")
+  done
+  [ ${#found[@]} = 0 ] || settings=(${settings[@]+"${settings[@]}"} env "${found[@]}")
+}
+
 # Fills `configs` with the configuration files that `program` reads.
 configs_of_program() {
   configs=("${program[2]:-}")
@@ -161,6 +179,20 @@ check_first() {
   else
     "$with" "${@:2}" "${options[@]}" >&2 || exit $?
   fi
+}
+
+# again_if_locked COMMAND...: runs a check, for five minutes again if it ends with 73. A file server may keep the run lock of a lost
+# host until it notices the loss.
+again_if_locked() {
+  local try code=0
+  for try in 1 2 3 4 5 6 7 8 9 10; do
+    code=0
+    ("$@") || code=$? # check_first exits
+    [ "$code" = 73 ] && [ "$dry_run" = no ] && [ "$try" -lt 10 ] || break
+    say "the run directory is locked, perhaps still by a host that is lost: checking again (try $try of 10)"
+    sleep "$poll"
+  done
+  return "$code"
 }
 
 look_for_files() {

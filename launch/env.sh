@@ -16,7 +16,8 @@ Environment:
                      gcs, browser, writers). What is installed already stays
   DPO_JAX_PYTHON     the Python to use             (default: the first of python3, python3.13, python3.12,
                      python3.11, python3.14 and pyenv's that runs and is 3.11 or newer)
-  DPO_JAX_VENV       where the environment goes    (default: .venv)
+  DPO_JAX_VENV       where the environment goes    (default: .venv). Machines that share a disk but differ in Python
+                     or CUDA version need one each
   DPO_JAX_INSTALLER  uv or pip                     (default: uv if it is there)
 TEXT
 }
@@ -108,7 +109,10 @@ if command -v flock >/dev/null && mkdir -p "$(dirname "$venv")" && { exec 9>>"${
   flock -n 9 || { say "waiting for another start, which is making $venv" && flock 9; } || say "this disk has no locks: going on"
 fi
 runs() { "$venv/bin/python" -c '' 2>/dev/null || { sleep 2 && "$venv/bin/python" -c '' 2>/dev/null; }; } # a disk may be slow
-if [ -f "$stamp" ] && runs; then
+if [ -f "$stamp" ]; then
+  # Shared checkouts: a run elsewhere may be using what does not run here.
+  runs || die "the Python of $venv does not run here: it was made on another machine, or its Python is gone.
+      Set DPO_JAX_VENV to another place, or remove $venv if nothing uses it"
   { read -r had_project && read -r had_extras; } <"$stamp" || true
 else
   make_venv
@@ -121,6 +125,12 @@ fi
 
 missing=''
 for extra in ${extras//,/ }; do
+  case $extra:,$had_extras, in # one environment cannot have both
+    cuda12:*,cuda13,* | cuda13:*,cuda12,*)
+      die "$venv has JAX for another CUDA version, but $extra is needed here: it was made on another machine, or the driver is new.
+      Set DPO_JAX_VENV to another place; or name the extras that it has: DPO_JAX_EXTRAS=$had_extras"
+      ;;
+  esac
   case ",$had_extras," in *",$extra,"*) ;; *) missing="$missing,$extra" ;; esac
 done
 if [ -n "$missing" ] || [ "$project" != "$had_project" ]; then

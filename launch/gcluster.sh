@@ -20,11 +20,13 @@ for the chips that --compute-type, --topology and --num-slices tell.
 OPTIONs go to `gcluster job` as they are (gcluster job submit --help). IMAGE is that of launch/kubernetes/Dockerfile. --run.dir
 must lie in /mnt/dpo_jax, a disk that all hosts share; dpo-jax writes to folders, so gs:// is refused.
 
-A run that was preempted or lost a host (exit codes 143, 137, 134 and 1) is started again and continues, up to 20 times; any
-other exit code ends the job. A host has 5 minutes to save: --grace-period 10m gives it more.
+A run that was preempted or lost a host (exit codes 143, 137, 134 and 1), or finds the run lock of a lost host (73), is started
+again and continues, up to 20 times; any other exit code ends the job. A host has 5 minutes to save: --grace-period 10m gives it more.
 
 gcluster hands no secrets to a job. If --env-file FILE is given (before the --), the hosts read WANDB_API_KEY and HF_TOKEN from
 it, as lines NAME=VALUE: a file on the shared disk, such as /mnt/dpo_jax/keys.env, that only you can read.
+JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are in /mnt/dpo_jax, LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK, WANDB_ENTITY, WANDB_NAME and
+TRACKIO_SPACE_ID are set on the hosts as here.
 
 Tested against the command line of Cluster Toolkit 1.95, where `gcluster job` is called experimental.
 TEXT
@@ -91,12 +93,13 @@ submit() {
   dpo_jax=dpo-jax
   program_on_many_hosts ${command[@]+"${command[@]}"}
   check_run_dir /mnt/dpo_jax "${program[@]}"
+  add_settings /mnt/dpo_jax
   check_here
   [ -z "$env_file" ] || line="set -a && . $(quoted "$env_file") && set +a && "
   # exec: the signal that ends a container goes to its first process.
   line+="exec $(quoted ${settings[@]+"${settings[@]}"} "${program[@]}")"
   [ -n "$(option --grace-period ${options[@]+"${options[@]}"})" ] || options+=(--grace-period 5m)
-  gcluster_job submit --name "$name" --command "$line" --restarts 20 --restart-on-exit-codes 1,134,137,143
+  gcluster_job submit --name "$name" --command "$line" --restarts 20 --restart-on-exit-codes 1,73,134,137,143
 }
 
 . launch/common.bash

@@ -9,6 +9,7 @@ usage() {
 Usage: ./launch/tpu_pod.sh [--dry-run] VERB NAME --zone ZONE [OPTION ...] [-- COMMAND CONFIG.yaml [--section.option VALUE ...]]
 
   run      all steps: check, create, wait, install, start, follow. After a preemption it begins again, until the run has ended.
+           After the loss of a host on a slice that stays it installs and starts again, at most 5 times.
            The same command continues at any point; if the run is active, it follows it
   create   asks for the slice (a queued resource). --accelerator-type and --runtime-version say which, --spot or --reserved
            how (neither: on demand). These and other options go to `gcloud compute tpus queued-resources create`
@@ -36,10 +37,13 @@ first worker checks again, now with the data and models on the shared disk.
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
 start deletes; that takes some seconds a worker. Other keys are not sent, so a judge that needs one cannot label here. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
 
+JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are in /mnt/dpo_jax, LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK, WANDB_ENTITY, WANDB_NAME and
+TRACKIO_SPACE_ID are set on the workers as here.
+
 Environment:
   DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)
   DPO_JAX_MOUNT         where workers mount the export           (default: /mnt/dpo_jax)
-  DPO_JAX_POLL_SECONDS  between two looks at the queued resource (default: 30)
+  DPO_JAX_POLL_SECONDS  between two looks at the queued resource, and two tries of a step (default: 30)
 
 Exit codes of run: that of the run (see dpo-jax --help); 1 when the slice could not be had or reached.
 TEXT
@@ -101,6 +105,7 @@ check_arguments() {
     run | start)
       program_on_many_hosts ${command[@]+"${command[@]}"}
       check_run_dir "$mount" "${program[@]}"
+      add_settings "$mount"
       check_here
       ;;
     install) check_sent ;;
@@ -141,7 +146,7 @@ check_sent() {
 # Now with the data and models that the workers see. A second start on the same disk would find the same.
 check_there() {
   local found=0
-  on 0 "$(in_repository ${settings[@]+"${settings[@]}"} "${program[@]}" --check)" || found=$?
+  again_if_locked on 0 "$(in_repository ${settings[@]+"${settings[@]}"} "${program[@]}" --check)" || found=$?
   case $found in
     2 | 65 | 73 | 74) die "the run could not start, as the first worker says; $costs" "$found" ;;
   esac
@@ -212,16 +217,30 @@ ask() {
   asked=yes
 }
 
-# on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command.
-on() { run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" --command="$2"; }
+# on WORKERS COMMAND: runs a shell command on the workers (all, or a number). Its exit code is that of the command. A machine that
+# was switched off closes no connection: ssh asks it every 30 s, or it would wait for hours.
+on() {
+  run gcloud compute tpus tpu-vm ssh "$name" --zone="$zone" --worker="$1" "${alive[@]/#/--ssh-flag=-o }" --command="$2"
+}
 
 in_repository() { printf 'cd dpo_jax && %s' "$(quoted "$@")"; }
 
 install() {
   local archive=$scratch/dpo_jax.tar.gz
   run git archive --format=tar.gz --output="$archive" HEAD &&
-    run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all &&
+    run gcloud compute tpus tpu-vm scp "$archive" "$name:" --zone="$zone" --worker=all "${alive[@]/#/--scp-flag=-o }" &&
     on all "$(setup)"
+}
+
+# On a slice that has just come, the system's own updates may be running, and ssh may not yet answer.
+set_up() {
+  local try
+  for try in 1 2 3; do
+    ! install || return 0
+    ! preempted || return 1
+    say "could not set up $name (try $try of 3)"
+  done
+  return 1
 }
 
 # What a worker does to become ready. The system's Python may be older than 3.11: uv brings another.
@@ -231,7 +250,7 @@ setup() {
   cat <<TEXT
 set -e
 mkdir -p dpo_jax && tar -xzf dpo_jax.tar.gz -C dpo_jax
-[ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq install -y nfs-common; }
+[ -x /sbin/mount.nfs ] || { sudo apt-get -qq update && sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y nfs-common; }
 sudo mkdir -p $(quoted "$mount")
 mountpoint -q $(quoted "$mount") || sudo mount -t nfs $(quoted "$nfs" "$mount")
 [ "\$(findmnt -no SOURCE $(quoted "$mount"))" = $(quoted "$served") ] || { echo $(quoted "$mount has another disk than $nfs: unmount it first") >&2; exit 1; }
@@ -316,17 +335,30 @@ preempted() {
   return 1
 }
 
+# Whether to start again on a slice that stays, because a host was lost: 134 and 137 say so, and 1 where the connection broke at
+# once. An error of the program is 1, too: so only five times.
+start_again() {
+  case $code in 1 | 134 | 137) ;; *) return 1 ;; esac
+  [ "$restarts" -lt 5 ] || return 1
+  restarts=$((restarts + 1))
+  say "exit code $code, as after the loss of a host, and $name is still there: starting again ($restarts of 5)"
+}
+
 story() {
+  local restarts=0
   while :; do
     have_slice
     if [ "$dry_run" = yes ] || ! [[ "$(status all 2>/dev/null || true)" == *' running '* ]]; then
-      if ! { install && start; }; then
+      if ! { set_up && start; }; then
         preempted || die "could not set up or start; the messages above say why; $costs" 1
         continue
       fi
     fi
-    ! see_it_end || break
-    say "$name was preempted: another slice will continue the run from its last checkpoint"
+    if see_it_end; then
+      start_again || break
+    else
+      say "$name was preempted: another slice will continue the run from its last checkpoint"
+    fi
   done
   [ "$dry_run" = yes ] || say "the run has ended with exit code $code; ./launch/tpu_pod.sh delete $name --zone $zone ends the costs"
   return "$code"
@@ -335,9 +367,10 @@ story() {
 . launch/common.bash
 verb='' name='' zone='' nfs='' create_options=() command=() program=() settings=()
 dpo_jax=.venv/bin/dpo-jax # of a worker, whatever DPO_JAX_VENV is here
-mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} poll=${DPO_JAX_POLL_SECONDS:-30} state=ABSENT code=0
+mount=${DPO_JAX_MOUNT:-/mnt/dpo_jax} state=ABSENT code=0
 read_arguments "$@"
 check_arguments
+alive=(ServerAliveInterval=30 ServerAliveCountMax=4)
 patience=20 # rounds in which workers do not answer
 costs="the slice costs until: $0 delete $name --zone $zone"
 scratch=/tmp/dpo_jax

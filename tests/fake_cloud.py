@@ -20,6 +20,7 @@ TOOLS = shlex.split(
 )
 WORKERS = 2
 RECORD = 'printf "%s\\n" "${0##*/} $*" >>"$CLOUD/calls"\n'
+TAKE_LINE = '[ -e "$1" ] && head -n 1 "$1" && if [ "$(grep -c . "$1")" -gt 1 ]; then sed -i 1d "$1"; fi\n'
 UV = """case $1 in
   venv) mkdir -p .venv/bin && echo home >.venv/pyvenv.cfg && echo 'exit 0' >.venv/bin/python && chmod +x .venv/bin/python ;;
   pip) cp "$CLOUD/dpo-jax" .venv/bin/ ;;
@@ -51,6 +52,7 @@ class Cloud:
         self.add("mountpoint", "exit 1")
         self.add("findmnt", 'sed -n "s/.*mount -t nfs \\([^ ]*\\) .*/\\1/p" "$CLOUD/calls" | tail -n 1')
         self.add("uv", UV)
+        self.add("take_line", TAKE_LINE)
 
     def add(self, name, text, *, folder=None):
         file = (folder or self.bin) / name
@@ -58,8 +60,9 @@ class Cloud:
         file.chmod(0o755)
 
     def program(self, text):
-        """What the worker's `dpo-jax` does, after writing down arguments and keys. $CLOUD/check: the code of --check."""
-        check = 'case " $* " in *" --check "*) exit "$(cat "$CLOUD/check" 2>/dev/null || echo 0)" ;; esac\n'
+        """What the worker's `dpo-jax` does, after writing down arguments and keys. Each --check takes the next code from
+        $CLOUD/check, but leaves the last one."""
+        check = 'case " $* " in *" --check "*) exit "$(take_line "$CLOUD/check" || echo 0)" ;; esac\n'
         note = 'printf "%s\\0" "$@" >"$HOME/argv"\nprintf "%s " "${HF_TOKEN:-}" "${WANDB_API_KEY:-}" >"$HOME/keys"\n'
         self.add("dpo-jax", check + note + text, folder=self.path)
 

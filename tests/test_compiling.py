@@ -1,7 +1,9 @@
 """Memory after compiling."""
 
 import ctypes
+import os
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -62,3 +64,22 @@ def test_programs_for_other_chips_are_not_kept(kept_programs, tmp_path):
     with without_kept_programs():
         assert compiled(4.5) == before
     assert compiled(5.5) == before + 1 > 1
+
+
+def test_a_program_that_was_cut_short_is_replaced(kept_programs, tmp_path):
+    """A kill while JAX wrote it: otherwise each start would warn and compile it again."""
+
+    def compiled():
+        jax.clear_caches()
+        jax.jit(lambda x: x * 6.5 + 7).lower(jnp.ones(3)).compile()
+
+    compiled()
+    files = sorted((tmp_path / "compiled").glob("*lambda*-cache"))
+    for file in files:
+        os.truncate(file, file.stat().st_size // 2)
+    with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
+        compiled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled()
+    assert sorted((tmp_path / "compiled").glob("*lambda*-cache")) == files != []

@@ -18,7 +18,7 @@ import yaml
 from dpo_jax.cli import build
 from dpo_jax.cli import main as program
 from dpo_jax.cli.command_table import COMMANDS, module_of
-from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, help_text, load_config, problems
+from dpo_jax.cli.config import Config, ConfigError, DpoConfig, dump_config, every_option, help_text, load_config, problems
 from dpo_jax.cli.config.file import TextList, types_of
 from dpo_jax.cli.exit_codes import EXIT_CODES, exit_code
 from dpo_jax.cli.fixed import fix
@@ -160,7 +160,6 @@ def error_of(tmp_path, text):
         ("model: {width: 10, heads: 3}", "model.heads: must divide width .10."),
         ("model: {heads: 4, kv_heads: 3}", "model.kv_heads: must divide heads .4."),
         ("tokenizer: {vocab_size: 256}", "tokenizer.vocab_size: must be at least 257"),
-        ("run: {dir: 'gs://bucket/run'}", "run.dir: must be on a disk, which all hosts share; only run.checkpoints can be"),
         ("run: {seed: -1}", "run.seed: must be between 0 and"),
         ("run: {wandb: ''}", "run.wandb: must name a project"),
         ("sample: {top_p: 0}", "sample.top_p: must be above 0 and at most 1"),
@@ -188,6 +187,17 @@ def test_no_text_holds_half_a_character_and_only_names_of_files_hold_bytes(tmp_p
             assert yaml.safe_load(dump_config(config))[section][option] == value
     assert {"data.path", "run.dir", "judge.a", "study.b"} <= set(names)
     assert not {"judge.model", "judge.base_url", "data.train_split", "plan.topology", "bench.lengths"} & set(names)
+
+
+def test_only_checkpoints_can_be_in_a_bucket():
+    """A Path makes a local folder of gs://bucket, gs:/bucket."""
+    written = [name for name in every_option() if re.search(r"\.(dir|out|rewards_out|cache|json|checkpoints)$", name)]
+    assert len(written) >= 10
+    for section, field in (name.split(".") for name in written):
+        changed = dataclasses.replace(getattr(Config(), section), **{field: "gs://bucket/x"})
+        found = [words for name, words in problems(dataclasses.replace(Config(), **{section: changed})) if name.endswith(field)]
+        refused = "must be on a disk, which all hosts share; only run.checkpoints can be in a bucket, got gs://bucket/x"
+        assert [words for words in found if "bucket" in words] == ([refused] if field != "checkpoints" else [])
 
 
 def test_all_problems_are_told_at_once(tmp_path):

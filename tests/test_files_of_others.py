@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import re
 import stat
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from conftest import GOLDEN
 from mutate import outcome, time_limit
 from test_report import PIXEL, finished, refused
 
+from dpo_jax import locks
 from dpo_jax.cli.commands.plan import _refuse_foreign as plan_file
 from dpo_jax.cli.commands.report import write_page
 from dpo_jax.cli.config import ConfigError
@@ -227,8 +231,13 @@ def test_a_lock_is_a_file(tmp_path, make):
 def test_a_lock_locks_and_a_full_disk_names_it(tmp_path, monkeypatch):
     with RunDir(tmp_path):
         for work in (lambda: RunDir(tmp_path), lambda: check_unlocked(tmp_path)):
-            with pytest.raises(RunLocked, match=f"pid {os.getpid()}"):
+            with pytest.raises(RunLocked, match=f"pid {os.getpid()}.*delete {tmp_path}/run.lock"):
                 work()
+    with RunDir(tmp_path) as lost:
+        lost.write_env()
+        (tmp_path / "run.lock").unlink()  # as the message says: a new file is a new lock
+        (tmp_path / "metrics.jsonl").touch()
+        RunDir(tmp_path).close()
     check_unlocked(tmp_path)
     with monkeypatch.context() as full:
         full.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
@@ -237,6 +246,23 @@ def test_a_lock_locks_and_a_full_disk_names_it(tmp_path, monkeypatch):
     assert message(caught.value).startswith(f"{tmp_path / 'run.lock'}: No space left on device")
     RunDir(tmp_path).close()  # the lock went with the error
     os.close(open_lock(tmp_path / "run.lock", create=False))
+
+
+def test_a_long_wait_for_a_lock_is_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "PATIENCE", 0.01)
+    path = tmp_path / "cache.lock"
+    held, asked = (open_lock(path) for _ in range(2))
+    fcntl.flock(held, fcntl.LOCK_EX)
+    waiting = threading.Thread(target=locks.wait_for_lock, args=(asked, path))
+    waiting.start()
+    while not caplog.records:
+        assert waiting.is_alive()
+        time.sleep(0.01)
+    os.close(held)
+    waiting.join(timeout=30)
+    assert not waiting.is_alive()
+    os.close(asked)
+    assert f"{path}: another process has held this lock" in caplog.text
 
 
 # Outputs.

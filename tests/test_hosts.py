@@ -348,6 +348,26 @@ def test_a_variable_that_is_no_number_is_refused(monkeypatch):
         hosts.start("127.0.0.1:1", 2)
 
 
+def test_hosts_wait_for_each_other_as_long_as_they_are_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: asked.append(options["initialization_timeout"]))
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    hosts.start("127.0.0.1:1", 2, 0)
+    monkeypatch.setenv("DPO_JAX_JOIN_SECONDS", "300")
+    hosts.start("127.0.0.1:1", 2, 0)
+    assert asked == [1800, 300]
+
+
+def test_a_machine_without_others_is_told(monkeypatch):
+    """Otherwise each of several machines that JAX cannot join would train alone, unnoticed."""
+    for name in [name for name in os.environ if name.startswith(("JAX_", "SLURM_", "OMPI_", "PMI_", "TPU_", "KUBERNETES_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    program = "from dpo_jax.runtime import hosts; hosts.start(); print(hosts.is_first())"
+    alone = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (alone.stdout, alone.stderr) == ("True\n", "no other hosts found: running as a single process\n")
+
+
 def test_one_process_needs_no_one():
     assert (hosts.is_first(), hosts.anywhere(True), hosts.anywhere(False)) == (True, True, False)
     assert [hosts.agreement()(number) for number in (0, 15)] == [0, 15]

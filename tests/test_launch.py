@@ -46,6 +46,11 @@ class Machine:
         file.write_text(PYTHON.replace("VERSION_MINOR", str(minor)))
         file.chmod(0o755)
 
+    def add_smi(self, cuda):
+        smi = self.bin / "nvidia-smi"
+        smi.write_text(f"#!/usr/bin/env bash\necho '| NVIDIA-SMI 580.1    Driver Version: 580.1    CUDA Version: {cuda}   |'\n")
+        smi.chmod(0o755)
+
     def run(self, script, *args, **environment):
         self.calls.write_text("")
         command = [self.repository / script, *args]
@@ -175,10 +180,28 @@ def test_env_makes_the_environment_anew_for_another_python(machine):
 @pytest.mark.parametrize(("version", "extra"), [("13.1", "cuda13"), ("12.8", "cuda12")])
 def test_env_sees_a_gpu(machine, version, extra):
     machine.add_python("python3", 12)
-    smi = machine.bin / "nvidia-smi"
-    smi.write_text(f"#!/usr/bin/env bash\necho '| NVIDIA-SMI 580.1    Driver Version: 580.1    CUDA Version: {version}   |'\n")
-    smi.chmod(0o755)
+    machine.add_smi(version)
     assert f"dpo_jax[{extra},test]" in machine.run("launch/env.sh").stderr
+
+
+def test_env_leaves_an_environment_of_another_machine_alone(machine):
+    """Two machines may share a checkout, and a run on the other one may be using .venv."""
+    machine.add_python("python3", 12)
+    machine.add_smi("12.8")
+    assert machine.run("launch/env.sh").returncode == 0
+    machine.add_smi("13.1")
+    done = machine.run("launch/env.sh")
+    assert done.returncode == 1
+    assert ".venv has JAX for another CUDA version, but cuda13 is needed here" in done.stderr
+    assert not machine.called("-m pip")
+    assert machine.run("launch/env.sh", DPO_JAX_EXTRAS="cuda12,test").stderr == ""
+    python = machine.repository / ".venv" / "bin" / "python"
+    python.write_text("not for this machine")
+    done = machine.run("launch/env.sh")
+    assert done.returncode == 1
+    assert "the Python of .venv does not run here: it was made on another machine, or its Python is gone" in done.stderr
+    assert python.read_text() == "not for this machine"
+    assert machine.run("launch/env.sh", DPO_JAX_VENV="mine").returncode == 0
 
 
 @pytest.mark.parametrize(("device", "extra"), [("0x0063", "tpu"), ("0x0042", "cpu")], ids=["v5e", "network card"])

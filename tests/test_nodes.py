@@ -162,7 +162,8 @@ def job(node):
 
 
 def program(node, text):
-    check = 'case " $* " in *" --check "*) echo "$*" >"$CLOUD/checked"; exit "${REFUSED:-0}" ;; esac\n'
+    check = 'case " $* " in *" --check "*) echo "$*" >>"$CLOUD/checked"; '
+    check += 'exit "${REFUSED:-$(take_line "$CLOUD/check" || echo 0)}" ;; esac\n'
     node.add("dpo-jax", check + text, folder=node.clone / ".venv" / "bin")
 
 
@@ -213,6 +214,16 @@ def test_a_job_is_checked_before_it_takes_all_nodes(job):
     assert done.returncode == 65
     assert not (job.path / "calls").exists()  # no srun
     assert (job.path / "checked").read_text() == "dpo c.yaml --distributed auto --check --check-devices=8\n"
+
+
+def test_a_queued_job_waits_for_the_lock_of_a_lost_node(job):
+    program(job, 'echo "$DPO_JAX_JOIN_SECONDS" >>"$CLOUD/seconds"\n')
+    (job.path / "check").write_text("73\n73\n0\n")
+    done = job.submit()
+    assert done.returncode == 0, done.stderr
+    assert (job.path / "checked").read_text().count("--check ") == 3
+    assert "checking again (try 2 of 10)" in done.stderr
+    assert (job.path / "seconds").read_text() == "300\n300\n"
 
 
 def test_a_gpu_node_is_checked_before_it_installs(job):

@@ -183,3 +183,18 @@ def test_a_disk_that_checkpoints_would_fill_is_told(tmp_path, monkeypatch):
             note = announcement._full_disk(config, run, state)
         words = f"the run needs space for {1 if saved else 3} more checkpoints of 0.0 GB, 0.0 GB in all, but"
         assert (note is not None and note.startswith(words)) == told
+
+
+def test_a_reference_cache_that_cannot_be_written_is_refused_or_told(place, capsys, monkeypatch):
+    cache = place / "cache"
+    cache.touch()
+    code, told = check("dpo", f"--refs.cache={cache}", "--check", capsys=capsys)
+    assert (code, f"{cache}: is a file, but the run needs a folder {cache}" in told) == (74, True)
+    cache.unlink()
+    cache.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != cache)  # a user who may write everything runs the tests, too
+    code, told = check("dpo", f"--refs.cache={cache}", "--check", capsys=capsys)
+    assert (code, f"{cache}: Permission denied" in told) == (74, True)
+    (cache / "identity.json").touch()
+    code, told = check("dpo", f"--refs.cache={cache}", "--check", capsys=capsys)
+    assert (code, "this works only if the cache holds all pairs" in told) == (0, True)

@@ -1,8 +1,10 @@
 """The reference cache gives back what was computed, or says why it cannot, whatever happened to its files."""
 
 import dataclasses
+import errno
 import functools
 import json
+import os
 import random
 import shutil
 
@@ -12,6 +14,7 @@ import pytest
 from damage import FAULTS, damage
 from test_step import MODEL, random_pairs
 
+from dpo_jax import reference
 from dpo_jax.data.loader import eval_batches, plan_layout, train_batches
 from dpo_jax.models.digest import weights_digest
 from dpo_jax.reference import (
@@ -58,6 +61,32 @@ def opened(folder, **changes):
 
 def batches_of(kind, batch):
     return functools.partial(eval_batches, layout=plan_layout(PAIRS, kind=kind, batch=batch), batch=batch)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_cache_that_may_only_be_read_is_enough_if_it_is_complete(filled, monkeypatch, compiled, number):
+    """The cache of another user, or on a read-only mount."""
+
+    def refused(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(reference, "open_lock", refused)
+    with open(filled / "logps-00001.bin", "wb") as file:
+        file.write(bytes(RECORD.itemsize))  # damaged
+    before = {path: path.read_bytes() for path in filled.iterdir()}
+    cache = opened(filled)
+    assert np.array_equal(cache.lookup(PAIRS), VALUES)
+    assert fill_cache(cache, PAIRS, batches=batches_of("plain", 4), logps=compiled) == 0
+    with pytest.raises(ForeignCache, match="kernel: cached with 'dense'"):
+        opened(filled, kernel="flash")
+    more = [*PAIRS, *random_pairs(3, seed=9)]
+    lacking = rf"{os.strerror(number)}; the cache lacks 3 pairs: choose another refs.cache: '{filled}'"
+    with pytest.raises(PermissionError, match=lacking):
+        fill_cache(cache, more, batches=None, logps=None)  # before anything is computed
+    assert {path: path.read_bytes() for path in filled.iterdir()} == before
+    (filled / "identity.json").unlink()
+    with pytest.raises(OSError, match="cache.lock"):
+        opened(filled)
 
 
 @pytest.fixture(scope="module")

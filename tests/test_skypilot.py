@@ -53,12 +53,25 @@ def test_skypilot_tells_each_machine_who_it_is(cloud):
     assert [code() for _ in range(5)] == [134] * 4 + [70]
     cloud.add("dpo-jax", f"mkdir -p {cloud.share}/hh/dpo/500; exit 134", folder=venv)
     assert [code() for _ in range(4)] == [134] * 4
+    # Starts that cannot be counted would have no end.
+    counted = cloud.share / "hh" / "starts.0"
+    counted.unlink()
+    counted.mkdir()
+    assert code() == 70
+    counted.rmdir()
+    counted.write_text("1")
     # Results that cannot be copied are not lost without a word: their machine is deleted after code 0.
     cloud.add("dpo-jax", "exit 0", folder=venv)
     assert code() == 0
     # On a new machine the curve goes on, in a folder that dpo-jax takes for its own.
+    records = [results / name for name in ("wandb_run_id", "trackio_run_name", "resumes.jsonl", "writers/wandb.json")]
+    for record in records:
+        record.parent.mkdir(exist_ok=True)
+        record.write_text("kept")
+    assert code() == 0
     shutil.rmtree(cloud.clone / "runs")
     assert code() == 0
+    assert all(record.read_text() == "kept" for record in records)  # no new page at wandb
     with RunDir(results) as run:
         assert run.metrics.read_text() == "{}"
     shutil.rmtree(results)

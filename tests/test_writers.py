@@ -4,6 +4,7 @@ The tests at the end use the real packages, offline, where they are installed (t
 """
 
 import contextlib
+import errno
 import importlib.util
 import json
 import logging
@@ -297,6 +298,23 @@ def test_a_run_that_fails_is_not_shown_as_finished(tmp_path, monkeypatch, told, 
         if ENDS[told] is not None:
             raise ENDS[told]
     assert calls == {"wandb": told.split(", "), "trackio": ["finish {}"]}
+
+
+@pytest.mark.parametrize("cause", [None, ValueError("NaN")])
+def test_writers_are_told_and_closed_also_if_the_disk_is_full(tmp_path, cause):
+    told = []
+    place = types.SimpleNamespace(failed=told.append, close=lambda: told.append("closed"))
+    log = MetricsLog(tmp_path / "metrics.jsonl", writers=[place])
+    log._file.close()
+    full = OSError(errno.ENOSPC, "No space left on device")
+    log._file = types.SimpleNamespace(close=lambda: raised(full))
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        log.close(cause)
+    assert told == [cause or full, "closed"]
+
+
+def raised(error):
+    raise error
 
 
 def test_the_page_of_a_run_has_its_settings(tmp_path, monkeypatch):

@@ -7,11 +7,13 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpo_jax.runtime.progress import BOARD
+from dpo_jax.writing import writing
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 """The last event that JAX reports before it compiles a program."""
@@ -29,6 +31,7 @@ def keep_programs(folder: str | os.PathLike[str]) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     compilation_cache.reset_cache()  # JAX checks once whether there is a cache and remembers the answer
+    _write_programs_whole()
     report_compiling()
     _return_memory()
 
@@ -57,6 +60,28 @@ def report_compiling() -> None:
             BOARD.compile_ended(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
+
+
+@functools.cache
+def _write_programs_whole() -> None:
+    """Let programs appear in a local cache only once they are whole, and replace a file that is there.
+
+    JAX writes in place and keeps any file of that name: after a kill in that write, every start would warn and compile again.
+    It calls `put` only for a program that it could not read.
+    """
+    try:
+        from jax._src.lru_cache import LRUCache  # it has no public name
+    except ImportError:
+        return
+    in_place = LRUCache.put
+
+    def put(self: Any, key: str, value: bytes) -> None:
+        if self.eviction_enabled or "://" in str(self.path):
+            return in_place(self, key, value)
+        with writing(f"{self.path}/{key}-cache", "wb") as file:
+            file.write(value)
+
+    LRUCache.put = put
 
 
 @functools.cache

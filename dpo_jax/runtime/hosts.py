@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,8 +24,11 @@ from dpo_jax.runtime.metrics import MetricsLog
 
 # The first host may still be exporting the model when the others are done.
 SHUTDOWN_SECONDS = 3600
-# Hosts pull images, install and check before they join. JAX gives up after 5 minutes.
+# Hosts pull images, install and check before they join. JAX gives up after 5 minutes. DPO_JAX_JOIN_SECONDS takes precedence.
 JOIN_SECONDS = 1800
+
+
+logger = logging.getLogger(__name__)
 
 
 class HostsError(ValueError):
@@ -42,13 +46,14 @@ def start(
 
     Arguments that are None come from JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. If these are unset too, JAX
     detects TPU pods, SLURM, Kubernetes and Open MPI; on any other machine there is one process. If a host sends no heartbeat
-    for `heartbeat_seconds`, the others end.
+    for `heartbeat_seconds`, the others end. DPO_JAX_JOIN_SECONDS is how long hosts wait for each other at the start.
 
     Raises `HostsError` if only some of the three are set.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
     process_id = _from_environment("JAX_PROCESS_ID") if process_id is None else process_id
+    join_seconds = _from_environment("DPO_JAX_JOIN_SECONDS")
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
@@ -63,13 +68,14 @@ def start(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=JOIN_SECONDS,
+            initialization_timeout=JOIN_SECONDS if join_seconds is None else join_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     except ValueError as error:
         if missing and "coordinator_address should be defined" in str(error):
-            return  # a single process
+            logger.warning("no other hosts found: running as a single process")
+            return
         raise HostsError(f"jax.distributed does not start: {error}") from error
 
 

@@ -94,12 +94,17 @@ class MetricsLog:
 
     def close(self, error: BaseException | None = None) -> None:
         """`error`: the exception with which the run ends, for the writers."""
-        with naming(self.path):
-            self._file.close()
-        for writer in self._writers:
-            if error is not None:
-                tell_failure(writer, error)
-            writer.close()
+        try:
+            with naming(self.path):
+                self._file.close()  # raises for rows that did not fit on the disk
+        except OSError as lost:
+            error = error or lost
+            raise
+        finally:
+            for writer in self._writers:
+                if error is not None:
+                    tell_failure(writer, error)
+                writer.close()
 
     def __enter__(self) -> MetricsLog:
         return self

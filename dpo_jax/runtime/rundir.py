@@ -112,7 +112,8 @@ def check_unlocked(path: str | os.PathLike[str]) -> None:
 
 def _locked(lock: Path, holder: bytes) -> RunLocked:
     who = holder.decode(errors="replace").strip() or "not known"
-    return RunLocked(f"another run ({who}) uses {lock.parent}: wait for it, or choose another directory")
+    gone = f"if its host is gone for good, delete {lock}"  # the next run then locks a new file
+    return RunLocked(f"another run ({who}) uses {lock.parent}: wait for it, or choose another directory; {gone}")
 
 
 def _acquire(path: Path) -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.data.images import ImageFile, Processing, pixels
-from dpo_jax.locks import open_lock
+from dpo_jax.locks import open_lock, wait_for_lock
 from dpo_jax.models.siglip import encode_images
 from dpo_jax.models.vision_config import VisionConfig
 from dpo_jax.reference import ForeignCache
@@ -133,7 +133,7 @@ class FeatureCache(Mapping[str, np.ndarray]):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             for leftover in leftovers(self.directory, IDENTITY, f"*{SUFFIX}"):
                 leftover.unlink()
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        wait_for_lock(lock, self.directory / "cache.lock", fcntl.LOCK_SH)
 
     def _claim(self) -> None:
         path = self.directory / IDENTITY

@@ -72,6 +72,14 @@ _FILES = frozenset(
 )
 """Options that name files: their names are bytes, and need not be UTF-8. All other texts are characters."""
 
+_WRITTEN = frozenset(
+    (
+        *("run.dir", "refs.cache", "eval.rewards_out", "sample.out", "export.out", "prepare.out", "plan.json", "judge.out"),
+        "report.out",
+    )
+)
+"""Options that name files and folders that are written. What is read must exist, and a URL does not."""
+
 
 def _not_text(option: str, value: str) -> str | None:
     """What is wrong with the characters of a text; None if nothing is."""
@@ -89,6 +97,9 @@ def problems(config: Config) -> list[Problem]:
         for field, value in vars(section).items():
             if isinstance(value, str) and (message := _not_text(f"{name}.{field}", value)):
                 found.append((f"{name}.{field}", message))
+            if isinstance(value, str) and "://" in value and f"{name}.{field}" in _WRITTEN:
+                message = "must be on a disk, which all hosts share; only run.checkpoints can be in a bucket"
+                found.append((f"{name}.{field}", f"{message}, got {value}"))
             if isinstance(value, str) and _HOME.match(value) and os.path.expanduser(value) == value:
                 found.append((f"{name}.{field}", f"{value}: unknown home folder; write the whole path"))
         numbers = [field for field in types_of(type(section)) if isinstance(getattr(section, field), float)]

@@ -78,8 +78,6 @@ class RunConfig:
     def check(self) -> Iterator[Problem]:
         if not self.dir.strip():
             yield "dir", "must name a folder, for example runs/hh"
-        if "://" in self.dir:
-            yield "dir", f"must be on a disk, which all hosts share; only run.checkpoints can be in a bucket, got {self.dir}"
         if not 0 <= self.seed < 2**32:
             yield "seed", f"must be between 0 and 4294967295, got {self.seed}"
         yield from positive(self, "max_to_keep", "num_processes", "heartbeat_seconds")

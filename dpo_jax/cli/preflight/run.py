@@ -64,15 +64,27 @@ def _run_dir(check: Check) -> None:
         folder = Path(config.eval.rewards_out or Path(config.run.dir, "rewards"))
     if check.unseen("run", str(folder)):
         return
+    _check_writable(folder)
+    cache = config.refs.cache
+    if cache is not None and name in ("refs", "dpo", "eval") and not check.scope.hides(cache):
+        try:
+            _check_writable(Path(cache))
+        except OSError as refused:
+            if not Path(cache, "identity.json").is_file():
+                raise
+            check.warn(f"refs.cache: {refused}; this works only if the cache holds all pairs")
+    from dpo_jax.runtime.rundir import check_unlocked
+
+    check_unlocked(folder)
+    check.tell("run", f"{folder}{_progress(check, name, folder) if name in ('sft', 'dpo') else ''}")
+
+
+def _check_writable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
     if not there.is_dir():
         raise OSError(f"{there}: is a file, but the run needs a folder {folder}")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OSError(f"{there}: Permission denied: the run writes {folder}")
-    from dpo_jax.runtime.rundir import check_unlocked
-
-    check_unlocked(folder)
-    check.tell("run", f"{folder}{_progress(check, name, folder) if name in ('sft', 'dpo') else ''}")
 
 
 def _progress(check: Check, task: str, folder: Path) -> str:
