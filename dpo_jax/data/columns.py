@@ -6,13 +6,15 @@ import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from dpo_jax.data.pairs import BadRow, Cause
 
 Row = Mapping[str, Any]
-Columns = Callable[[Sequence[str], Collection[str]], Collection[str]]
-"""(names of all columns, names of text columns) -> names of the columns to read. "info.title" is a field inside a column."""
+ColumnType = Literal["text", "number", "numbers", "other"]
+"""The type of a parquet column, as far as it matters here. Truth values count as numbers; "numbers" are lists of them."""
+Columns = Callable[[Sequence[str], Mapping[str, ColumnType]], Collection[str]]
+"""(names of all columns, their types) -> names of the columns to read. "info.title" is a field inside a column."""
 
 _LISTED = 20  # names in a message
 

@@ -18,8 +18,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from dpo_jax.data.beside import Unread, suspects, unread_columns
 from dpo_jax.data.column_map import ColumnMap
-from dpo_jax.data.columns import Row, shown_names
+from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
 from dpo_jax.data.format_table import FORMATS, FormatName, detect_format, format_of
 from dpo_jax.data.image_rows import names_images, open_images
@@ -39,7 +40,7 @@ from dpo_jax.data.pairs import (
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
-from dpo_jax.data.unread import refusal, suggestion, suspects, unread
+from dpo_jax.data.unread import suggestion
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
@@ -281,10 +282,10 @@ class _Reading:
         if self.report.format == "auto":
             self._detect(sample)
         if self.report.format != "auto":
-            found = [(where, row, names) for where, row in sample if (names := unread(row, self.report.format, self.mapped))]
+            found = [(where, unread) for where, row in sample if (unread := self._unread(row))]
             if 2 * len(found) > len(sample):
-                where, row, names = max(found, key=lambda one: len(one[2]))  # the system text may be blank in some
-                refuse(Cause.UNREAD_COLUMN, where, refusal(names, row, self.mapped))
+                where, unread = max(found, key=lambda one: len(one[1].names))  # the system text may be blank in some
+                refuse(Cause.UNREAD_COLUMN, where, unread.detail)
         return self._checked(itertools.chain(sample, rows))
 
     def _detect(self, sample: list[tuple[str, Row]]) -> None:
@@ -310,7 +311,7 @@ class _Reading:
                 if self.first is not None and self.report.rows >= self.first:
                     return
 
-    def _columns(self, file: str, names: Sequence[str], texts: Collection[str]) -> Collection[str]:
+    def _columns(self, file: str, names: Sequence[str], types: Mapping[str, ColumnType]) -> Collection[str]:
         """The columns of a parquet file to read."""
         called = self.mapped.names(file, names)
         format = format_of(self.report.format, called)
@@ -319,7 +320,7 @@ class _Reading:
             self._refuse_columns(file, row)
         if not any(column.partition(".")[0] in called for column in wanted):
             self._refuse_columns(file, {name: "a text" for name in called})
-        return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
+        return self.mapped.sources_of([*wanted, *(suspects(called, types, format) if format else ())])
 
     def _mapped_pairs(self, format: str, row: Row) -> bool:
         """Whether a row that fits a format of texts or prompts holds preferences under other names, which must not be lost."""
@@ -332,12 +333,15 @@ class _Reading:
             if (names := tuple(row)) not in self._seen and len(self._seen) < _SHAPES:
                 self._seen.add(names)
                 self.ignored |= dict.fromkeys(name for name in names if name not in reads)
-            if found := unread(row, self.report.format, self.mapped):
-                self.reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
+            if unread := self._unread(row):
+                self.reject(where, BadRow(Cause.UNREAD_COLUMN, unread.detail))
                 continue
             if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
             yield where, row
+
+    def _unread(self, row: Row) -> Unread | None:
+        return unread_columns(row, self.report.format, self.mapped)
 
     def reject(self, where: str, problem: BadRow) -> None:
         """Counts a row, or a candidate of it, as read and unusable."""

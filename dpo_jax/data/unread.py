@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.column_map import ColumnMap
-from dpo_jax.data.columns import Row, shown_names
+from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.format_table import FORMATS
 
 # Words in column names, most likely first.
@@ -54,12 +54,12 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     return found + [name for name in others if _may_be_prompt(name, row[name])]
 
 
-def suspects(names: Sequence[str], texts: Collection[str], format: str) -> list[str]:
+def prompts_and_systems(names: Sequence[str], types: Mapping[str, ColumnType], format: str) -> list[str]:
     """The columns of a file that must be decoded to know whether they hold a prompt or a system text."""
     if "system" not in FORMATS[format].reads:
         return []
     implicit = "prompt" not in names
-    others = (name for name in names if implicit and not _is_about(name) and (name in texts or _rank(name) is not None))
+    others = (name for name in names if implicit and not _is_about(name) and (types.get(name) == "text" or _rank(name) is not None))
     return list(dict.fromkeys([*filter(_is_system, names), *others]))
 
 
@@ -72,14 +72,14 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
     what = " and ".join([*(["the prompt"] if prompts else []), *(["a system text"] if systems else [])])
     option = suggestion(row, mapped)
     if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are not pairs
-        option = _option(mapped, {"system": found[0]})
+        option = option_of(mapped, {"system": found[0]})
     reads = f"{option} reads" if option else "rename the column to read"
     left = [name for name in found if option and name not in option]  # for example earlier turns in `history`
     it = "it" if len(found) == 1 else "them"
     if left:
         it = f"{shown_names(name for name in found if name not in left)}, but not {shown_names(left)} (give messages instead)"
     then = " (the prompt is then the common beginning of chosen and rejected)" if prompts else ""
-    return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {_option(mapped, none)} goes without{then}"
+    return f"not read, and may hold {what}: {shown_names(found)}; {reads} {it}, {option_of(mapped, none)} goes without{then}"
 
 
 def suggestion(row: Row, mapped: ColumnMap) -> str | None:
@@ -102,10 +102,11 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
     if systems := _systems(row, mapped):
         found["system"] = systems[0]
     named = [name for names in ColumnMap.of(found).columns.values() for name in names]
-    return _option(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
+    return option_of(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
 
 
-def _option(mapped: ColumnMap, more: Mapping[str, str]) -> str:
+def option_of(mapped: ColumnMap, more: Mapping[str, str]) -> str:
+    """The option `--data.columns` with `more` added to what is mapped."""
     text = ",".join(filter(None, [str(mapped), *(f"{key}={name}" for key, name in more.items())]))
     return f"--data.columns {shlex.quote(text)}"
 
@@ -120,7 +121,7 @@ def _systems(row: Row, mapped: ColumnMap) -> list[str]:
 def _side(row: Row, words: Collection[str]) -> str | None:
     """The column whose name is a variant of chosen or rejected: `Chosen`, `answer_chosen`, `non_preferred_output`."""
     for name, value in row.items():
-        told = set(_words(name))
+        told = set(words_of(name))
         negated = bool(told & {"non", "not"})
         side = _REJECTED if told & _REJECTED or (told & _CHOSEN and negated) else _CHOSEN if told & _CHOSEN else None
         if side is words and told <= {"non", "not", *_CHOSEN, *_REJECTED, *_ANSWER} and _filled(value):
@@ -138,29 +139,29 @@ def _prompt(row: Row) -> str | None:
     if not isinstance(row[best], str):
         return best
     texts = [name for name in names if isinstance(row[name], str) and name != best]
-    before = [name for name in texts if set(_words(name)) & _CONTEXT]
-    after = [name for name in texts if _words(name) in (("input",), ("inputs",))]
+    before = [name for name in texts if set(words_of(name)) & _CONTEXT]
+    after = [name for name in texts if words_of(name) in (("input",), ("inputs",))]
     return "+".join([*before[:1], best, *after[:1]])
 
 
 @functools.lru_cache(maxsize=2**14)  # called for every row
-def _words(name: str) -> tuple[str, ...]:
+def words_of(name: str) -> tuple[str, ...]:
     """The words of a column's name in lower case: `promptText`, `prompt-text` and `Prompt Text` have two."""
     return tuple(word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[^\W\d_a-zA-Z]+", name[:200]))
 
 
 def _rank(name: str) -> int | None:
-    ranks = [_PROMPT.index(word) for word in _words(name) if word in _PROMPT]
+    ranks = [_PROMPT.index(word) for word in words_of(name) if word in _PROMPT]
     return min(ranks, default=None)
 
 
 def _is_about(name: str) -> bool:
-    words = _words(name)
+    words = words_of(name)
     return bool(set(words) & (_ABOUT | _OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
 def _is_system(name: str) -> bool:
-    words = set(_words(name))
+    words = set(words_of(name))
     return bool(words & {"system", "sys"}) and not words & _ABOUT
 
 
