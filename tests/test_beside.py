@@ -1,7 +1,9 @@
 """What stands beside the columns that are read: read, refused with the option that settles it, or counted in a note."""
 
+import json
+
 import pytest
-from test_columns import option_in, written
+from test_columns import ASKED, BAD, GOOD, option_in, written
 from test_sources import load
 from test_sources import tokenizer as tokenizer
 
@@ -38,3 +40,49 @@ def test_what_ranks_no_completions_is_only_listed(tmp_path):
     read = load(written(tmp_path / "train.jsonl", row, row | {"scores": [1, 2, 3], "turns": [1, 2, 3]}), rows="rankings")
     assert [ranking.chosen for ranking in read] == [" a brick", " a tomato"]
     assert read.report.notes[-1] == "columns that are not read: 'labels', 'turns', 'models', 'label'"
+
+
+def as_text(row, names):
+    return {name: json.dumps(value) if name in names else value for name, value in row.items()}
+
+
+@SUFFIXES
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [ASKED], "chosen": [GOOD], "rejected": [BAD]},
+        {"chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]},
+        {"prompt": [ASKED], "completion": [GOOD], "label": True},
+        {"messages": [ASKED, GOOD]},
+        {"prompt": [ASKED], "completions": [[GOOD], [BAD]]},
+    ],
+    ids=" ".join,
+)
+def test_messages_in_json_texts_are_messages(row, suffix, tmp_path, tokenizer):
+    texts = as_text(row, row.keys() - {"label"})
+    if "completions" in row:
+        texts["completions"] = list(map(json.dumps, row["completions"]))
+    path = written(tmp_path / f"train.{suffix}", texts)
+    read = load(path, rows="any", tokenizer=tokenizer)
+    assert [*read] == [*load(written(tmp_path / f"train.{suffix}", row), rows="any", tokenizer=tokenizer)]
+    assert read[0].chat
+    assert "messages that are stored as JSON text are read as messages (1 of 1 rows)" in read.report.notes
+
+
+def test_other_json_texts_stay_texts(tmp_path):
+    row = {"prompt": '[{"role"', "chosen": '[{"name": "a"}]', "rejected": '{"role": "user", "content": "a"}'}
+    read = load(written(tmp_path / "train.jsonl", row))
+    assert (read[0].prompt, read[0].chosen, read[0].rejected) == tuple(row.values())
+    assert len(read.report.notes) == 1
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (str([ASKED, GOOD]), "train.jsonl:1: chosen: wrong_type: messages in Python's notation"),
+        (json.dumps([ASKED, GOOD])[:-9], "train.jsonl:1: chosen: invalid_json: messages must be valid JSON"),
+    ],
+)
+def test_texts_that_should_be_messages_are_refused(chosen, words, tmp_path):
+    with pytest.raises(DataError, match=words):
+        load(written(tmp_path / "train.jsonl", {"prompt": "a", "chosen": chosen, "rejected": "b"}))

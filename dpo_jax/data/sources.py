@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from dpo_jax.data import message_texts
 from dpo_jax.data.beside import Unread, suspects, unread_columns
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
@@ -129,6 +130,7 @@ def load_preferences(
     triage.finish(kept=len(preferences))
     told = collections.Counter(note for preference in preferences for note in preference.notes)
     report.notes += [f"{note} ({count:,} of {len(preferences):,} pairs)" for note, count in told.items()]
+    report.notes += [f"{note} ({count:,} of {report.rows:,} rows)" for note, count in reading.told.items() if count]
     if reading.ignored:
         report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
     if report.format in ("rewardbench", "pku") and preferences:
@@ -266,6 +268,7 @@ class _Reading:
         self.first = first  # most rows to read; None: all
         self.triage = Triage(report, on_bad=on_bad)
         self.ignored: dict[str, None] = {}  # columns not read by the format
+        self.told: collections.Counter[str] = collections.Counter()  # notes on rows
         self._seen: set[tuple[str, ...]] = set()
 
     def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
@@ -305,7 +308,10 @@ class _Reading:
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    yield where, self.mapped.row(row)
+                    row = self.mapped.row(row)
+                    read = message_texts.with_messages(row)
+                    self.told[message_texts.NOTE] += read is not row
+                    yield where, read
                 except BadRow as problem:
                     self.reject(where, problem)
                 if self.first is not None and self.report.rows >= self.first:

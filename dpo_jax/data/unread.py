@@ -59,8 +59,9 @@ def prompts_and_systems(names: Sequence[str], types: Mapping[str, ColumnType], f
     if "system" not in FORMATS[format].reads:
         return []
     implicit = "prompt" not in names
-    others = (name for name in names if implicit and not _is_about(name) and (types.get(name) == "text" or _rank(name) is not None))
-    return list(dict.fromkeys([*filter(_is_system, names), *others]))
+    others = [name for name in names if implicit and not _is_about(name)]
+    likely = [name for name in others if types.get(name) == "text" or _rank(name) is not None]
+    return list(dict.fromkeys([*filter(_is_system, names), *likely]))
 
 
 def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
