@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from test_columns import ASKED, BAD, GOOD, option_in, written
-from test_sources import load
+from test_columns import ASKED, BAD, CHAT, GOOD, SYSTEM, Q, option_in, written
+from test_sources import load, turn
 from test_sources import tokenizer as tokenizer
 
 from dpo_jax.data.pairs import DataError
@@ -86,3 +86,50 @@ def test_other_json_texts_stay_texts(tmp_path):
 def test_texts_that_should_be_messages_are_refused(chosen, words, tmp_path):
     with pytest.raises(DataError, match=words):
         load(written(tmp_path / "train.jsonl", {"prompt": "a", "chosen": chosen, "rejected": "b"}))
+
+
+SYSTEM_ROWS = {
+    "pku": {"prompt": Q, "response_0": "A.", "response_1": "B.", "better_response_id": 0},
+    "rewardbench": {"prompt": Q, "chosen": "A.", "rejected": "B.", "chosen_model": "a", "rejected_model": "b", "subset": "c"},
+    "helpsteer3": {"context": [ASKED], "response1": "A.", "response2": "B.", "overall_preference": -2},
+    "openai": {"input": {"messages": [ASKED]}, "preferred_output": [GOOD], "non_preferred_output": [BAD]},
+    "hh": {side: f"\n\nHuman: {Q}\n\nAssistant: {side}" for side in ("chosen", "rejected")},
+}
+
+
+@SUFFIXES
+@pytest.mark.parametrize("format", SYSTEM_ROWS)
+def test_a_system_text_beside_public_formats_is_read_or_refused(format, suffix, tmp_path, tokenizer):
+    row = SYSTEM_ROWS[format]
+    path = written(tmp_path / f"train.{suffix}", row | {"system_prompt": "Be short."})
+    with pytest.raises(DataError, match="a system text: 'system_prompt'") as refusal:
+        load(path, on_bad="drop", tokenizer=tokenizer)
+    assert option_in(str(refusal.value)) == "system=system_prompt"
+    assert ("--data.format hh_chat --data.columns system" in str(refusal.value)) == (format == "hh")
+    asked = "hh_chat" if format == "hh" else "auto"
+    read, without = (
+        load(path, format=asked, columns=f"system={name}", tokenizer=tokenizer)[0] for name in ("system_prompt", "")
+    )
+    assert (read.prompt, without.prompt) == (SYSTEM + CHAT, CHAT)
+    plain = load(written(tmp_path / "train.jsonl", row), tokenizer=tokenizer)
+    assert load(path, format=format, columns="system=", tokenizer=tokenizer)[0].prompt == plain[0].prompt
+    with pytest.raises(DataError, match="need a tokenizer with a chat template"):
+        load(path, format=asked, columns="system=system_prompt")
+
+
+def test_a_system_text_for_which_a_format_has_no_place_is_refused(tmp_path):
+    path = written(tmp_path / "train.jsonl", {"text": "A text.", "system": "Be short."})
+    with pytest.raises(DataError, match="a system text: 'system'; give messages to read it, --data.columns system= goes"):
+        load(path, rows="any")
+    assert len(load(path, rows="any", columns="system=")) == 1
+    assert len(load(written(tmp_path / "train.jsonl", {"text": "Be short. A text.", "system": "Be short."}), rows="any")) == 1
+
+
+def test_another_system_text_than_that_of_the_messages_is_refused(tmp_path, tokenizer):
+    row = {"prompt": [turn("system", "Be short."), ASKED], "chosen": [GOOD], "rejected": [BAD]}
+    for said in ("Be short.", " ", "short"):
+        assert load(written(tmp_path / "train.jsonl", row | {"system": said}), tokenizer=tokenizer)[0].prompt == SYSTEM + CHAT
+    path = written(tmp_path / "train.jsonl", row | {"system": "Be long."})
+    with pytest.raises(DataError, match="a system text, while the messages begin with another one: 'system'"):
+        load(path, tokenizer=tokenizer)
+    assert load(path, columns="system=", tokenizer=tokenizer)[0].prompt == SYSTEM + CHAT

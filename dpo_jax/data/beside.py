@@ -22,7 +22,7 @@ class Unread(NamedTuple):
 def unread_columns(row: Row, format: str, mapped: ColumnMap) -> Unread | None:
     """Columns of a mapped row that may hold the prompt, a system text or the order of a ranking; None if there are none."""
     if names := unread(row, format, mapped):
-        return Unread(names, refusal(names, row, mapped))
+        return Unread(names, refusal(names, row, format, mapped))
     if format == "ranked" and (names := _orders(row, mapped)):
         return Unread(names, _order_refusal(names, row, mapped))
     return None

@@ -58,10 +58,16 @@ def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, 
 
 def whole_conversation(row: Row) -> Any:
     """A row's column `messages` as a list of messages, after the text of `system`, if the row has one."""
-    turns, system = _messages(column(row, "messages")), row.get("system")
-    if isinstance(turns, list) and system is not None and text(row, "system").strip():
-        return _after_system(system, turns)
-    return turns
+    return with_system(row, _messages(column(row, "messages")))
+
+
+def with_system(row: Row, turns: Any) -> Any:
+    """A list of messages after the text of a row's column `system`; unchanged if it is blank, and anything but a list as it is.
+
+    Raises `BadRow` if they begin with another system message.
+    """
+    system = text(row, "system") if row.get("system") is not None else ""
+    return _after_system(system, turns) if system.strip() and isinstance(turns, list) else turns
 
 
 def _messages(value: Any) -> Any:

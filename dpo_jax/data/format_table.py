@@ -119,6 +119,7 @@ _FORMATS = (
         "HelpSteer3 of NVIDIA; rendered with the tokenizer's chat template",
         {
             "context": Column("messages, the last by the user"),
+            "system": _SYSTEM,
             "response1": Column("an answer"),
             "response2": Column("another"),
             "overall_preference": Column("-3 (the first is much better) to 3 (the second is); 0 gives no pair"),
@@ -133,7 +134,7 @@ _FORMATS = (
     Format(
         "rewardbench",
         "RewardBench; rendered with the tokenizer's chat template",
-        {"prompt": Column("the question"), "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
+        {"prompt": Column("the question"), "system": _SYSTEM, "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
         ("prompt", "chosen", "rejected", "chosen_model", "rejected_model", "subset"),
         {
             **{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
@@ -146,6 +147,7 @@ _FORMATS = (
         {
             "input.messages": Column("messages, the last by the user"),
             "input.tools": Column("tools that the assistant may call", needed=False),
+            "system": _SYSTEM,
             "preferred_output": Column("the better completion: messages of the assistant"),
             "non_preferred_output": Column("the worse one"),
             "subset": _SUBSET,
@@ -162,6 +164,7 @@ _FORMATS = (
         "PKU-SafeRLHF; rendered with the tokenizer's chat template",
         {
             "prompt": Column("the question"),
+            "system": _SYSTEM,
             "response_0": Column("an answer"),
             "response_1": Column("another"),
             "better_response_id": Column("number of the better one: 0 or 1"),
@@ -182,7 +185,7 @@ _FORMATS = (
     Format(
         "hh_chat",
         "Anthropic HH as chats, rendered with the tokenizer's chat template; never detected, so set `data.format: hh_chat`",
-        {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
+        {"system": _SYSTEM, "chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
         (),
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
     ),

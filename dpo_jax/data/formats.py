@@ -24,7 +24,7 @@ from dpo_jax.data.candidates import (
 )
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text, truth
-from dpo_jax.data.conversations import conversation
+from dpo_jax.data.conversations import conversation, with_system
 from dpo_jax.data.demonstrations import sft_completion as sft_completion
 from dpo_jax.data.demonstrations import sft_messages as sft_messages
 from dpo_jax.data.demonstrations import sft_text as sft_text
@@ -115,8 +115,8 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """
 
     def preference(uid: str, row: Row) -> Preference:
-        question, answers = text(row, "prompt"), [text(row, side) for side in ("chosen", "rejected")]
-        return _answered(question, *answers, uid=uid, tokenizer=tokenizer)
+        answers = [text(row, side) for side in ("chosen", "rejected")]
+        return _answered(row, *answers, uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
 
@@ -125,8 +125,7 @@ def chat_texts(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """A prompt and two answers as texts that are turns of a chat, rendered with the tokenizer's chat template."""
 
     def preference(uid: str, row: Row) -> Preference:
-        turns = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
-        turns.append({"role": "user", "content": text(row, "prompt")})
+        turns = with_system(row, [{"role": "user", "content": text(row, "prompt")}])
         sides = ([{"role": "assistant", "content": text(row, side)}] for side in ("chosen", "rejected"))
         return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer)
 
@@ -137,21 +136,26 @@ def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """PKU-SafeRLHF: a question and two answers; `better_response_id` is the more helpful one. Rendered like RewardBench."""
 
     def preference(uid: str, row: Row) -> Preference:
-        question, answers = text(row, "prompt"), [text(row, side) for side in ("response_0", "response_1")]
+        answers = [text(row, side) for side in ("response_0", "response_1")]
         better = number(row, "better_response_id")
         if better not in (0, 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"0 or 1 is needed, this is {better:g}", field="better_response_id")
-        return _answered(question, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
+        return _answered(row, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
 
 
-def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
-    """A question and two answers as chat turns; in the form of Anthropic HH if the tokenizer has no chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+def _answered(row: Row, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
+    """A question and two answers as chat turns; in the form of Anthropic HH if the tokenizer has no chat template.
+
+    That form has no place for a system text: such a row needs a template.
+    """
+    question = text(row, "prompt")
+    turns = with_system(row, [{"role": "user", "content": question}])
+    if getattr(tokenizer, "chat_template", None) is None and len(turns) == 1:
         return checked(Preference(as_transcript(question), " " + chosen, " " + rejected, uid))
     sides = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
-    return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
+    return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer)
 
 
 def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -163,7 +167,7 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if not isinstance(asked, Mapping):
             raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(asked).__name__}", field="input")
         options = {"tools": asked["tools"]} if asked.get("tools") else {}
-        messages = column(asked, "messages", inside="input.")
+        messages = with_system(row, column(asked, "messages", inside="input."))
         try:
             return chat_preference(messages, *sides, uid=uid, tokenizer=tokenizer, **options)
         except BadRow as problem:
@@ -177,7 +181,7 @@ def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """HelpSteer3 preferences of NVIDIA: a conversation and two answers, with a preference from -3 to 3."""
 
     def preference(uid: str, row: Row) -> Preference:
-        context, preferred = column(row, "context"), number(row, "overall_preference")
+        context, preferred = with_system(row, column(row, "context")), number(row, "overall_preference")
         answers = [[{"role": "assistant", "content": text(row, side)}] for side in ("response1", "response2")]
         if not -3 <= preferred <= 3:
             raise BadRow(Cause.OUT_OF_RANGE, f"-3 to 3 is needed, this is {preferred:g}", field="overall_preference")

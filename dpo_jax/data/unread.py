@@ -45,10 +45,10 @@ _TRL = FORMATS["trl"].reads
 def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     """Columns of a mapped row that hold a system text, or possibly the prompt, and that `format` does not read."""
     reads = FORMATS[format].reads
-    if "system" not in reads or not row.keys() >= {*FORMATS[format].told_by}:
+    if not row.keys() >= {*FORMATS[format].told_by}:
         return []
-    found = _systems(row, mapped)
-    if "chosen" not in reads or _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
+    found = _systems(row, mapped, format)
+    if not _infers_prompt(format) or _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
         return found
     others = [name for name in row if name not in reads and name not in found and not _is_about(name)]
     return found + [name for name in others if _may_be_prompt(name, row[name])]
@@ -56,15 +56,18 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
 
 def prompts_and_systems(names: Sequence[str], types: Mapping[str, ColumnType], format: str) -> list[str]:
     """The columns of a file that must be decoded to know whether they hold a prompt or a system text."""
-    if "system" not in FORMATS[format].reads:
-        return []
-    implicit = "prompt" not in names
+    implicit = _infers_prompt(format) and "prompt" not in names
     others = [name for name in names if implicit and not _is_about(name)]
     likely = [name for name in others if types.get(name) == "text" or _rank(name) is not None]
     return list(dict.fromkeys([*filter(_is_system, names), *likely]))
 
 
-def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
+def _infers_prompt(format: str) -> bool:
+    """Whether the prompt is the common beginning of chosen and rejected where no column holds it."""
+    return {"prompt", "chosen", "system"} <= FORMATS[format].reads.keys()
+
+
+def refusal(found: Sequence[str], row: Row, format: str, mapped: ColumnMap) -> str:
     """Message: why a row with the `unread` columns `found` is refused, and the option that reads them."""
     systems = {name for name in found if _is_system(name)}
     prompts = [name for name in found if name not in systems]
@@ -72,9 +75,14 @@ def refusal(found: Sequence[str], row: Row, mapped: ColumnMap) -> str:
     none |= {"system": ""} if systems else {}
     what = " and ".join([*(["the prompt"] if prompts else []), *(["a system text"] if systems else [])])
     option = suggestion(row, mapped)
-    if "chosen" not in row and systems == {found[0]} and not set(",+") & set(found[0]):  # rows that are not pairs
-        option = option_of(mapped, {"system": found[0]})
-    reads = f"{option} reads" if option else "rename the column to read"
+    if ("chosen" not in row or not _infers_prompt(format)) and systems == {found[0]}:
+        option = None if set(",+") & set(found[0]) else option_of(mapped, {"system": found[0]})
+    if systems and _begins_with_system(row, format):
+        option = None
+        what += ", while the messages begin with another one"
+    elif systems and "system" not in FORMATS[format].reads:
+        option = f"--data.format hh_chat {option}" if format == "hh" and option else None
+    reads = f"{option} reads" if option else "give messages to read" if systems else "rename the column to read"
     left = [name for name in found if option and name not in option]  # for example earlier turns in `history`
     it = "it" if len(found) == 1 else "them"
     if left:
@@ -100,7 +108,7 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
         and (prompt := _prompt(row))
     ):
         found = {"prompt": prompt} | found
-    if systems := _systems(row, mapped):
+    if systems := _systems(row, mapped, "trl"):
         found["system"] = systems[0]
     named = [name for names in ColumnMap.of(found).columns.values() for name in names]
     return option_of(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
@@ -112,11 +120,11 @@ def option_of(mapped: ColumnMap, more: Mapping[str, str]) -> str:
     return f"--data.columns {shlex.quote(text)}"
 
 
-def _systems(row: Row, mapped: ColumnMap) -> list[str]:
+def _systems(row: Row, mapped: ColumnMap, format: str) -> list[str]:
     """The columns with a system text, unless one is mapped or the text is also in the conversation."""
     if "system" in mapped.columns:
         return []
-    return [name for name in row if _is_system(name) and _filled(row[name]) and not _said(row, row[name])]
+    return [name for name in row if _is_system(name) and _filled(row[name]) and not _said(row, row[name], format)]
 
 
 def _side(row: Row, words: Collection[str]) -> str | None:
@@ -188,10 +196,31 @@ def _implicit(row: Row) -> bool:
     return any(role in (None, "assistant", "gpt") for role in roles)
 
 
-def _said(row: Row, system: Any) -> bool:
-    """Whether the messages or the prompt of a row contain its system text."""
-    prompt = row.get("prompt")
-    if isinstance(prompt, str) and isinstance(system, str) and system.strip() in prompt:
-        return True
-    firsts = [turns[0] for turns in (prompt, row.get("chosen")) if isinstance(turns, list) and turns]
-    return any(isinstance(one, Mapping) and one.get("role", one.get("from")) in ("system", "developer") for one in firsts)
+def _said(row: Row, system: Any, format: str) -> bool:
+    """Whether the texts or the first messages that `format` reads contain a system text."""
+    if not isinstance(system, str):
+        return False
+    texts = (value if isinstance(value, str) else _text_of(_first(value)) for value in _read(row, format))
+    return any(system.strip() in text for text in texts)
+
+
+def _begins_with_system(row: Row, format: str) -> bool:
+    firsts = map(_first, _read(row, format))
+    return any(first.get("role", first.get("from")) in ("system", "developer") for first in firsts)
+
+
+def _read(row: Row, format: str) -> list[Any]:
+    """The values that `format` reads besides the column `system`: texts, and lists of messages also where they are inside."""
+    values = [row.get(name) for name in {name.partition(".")[0] for name in FORMATS[format].reads} - {"system"}]
+    return [value.get("messages") if isinstance(value, Mapping) else value for value in values]
+
+
+def _first(turns: Any) -> Mapping[str, Any]:
+    return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else {}
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, also of its content parts."""
+    content = message.get("content", message.get("value"))
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
