@@ -133,3 +133,30 @@ def test_another_system_text_than_that_of_the_messages_is_refused(tmp_path, toke
     with pytest.raises(DataError, match="a system text, while the messages begin with another one: 'system'"):
         load(path, tokenizer=tokenizer)
     assert load(path, columns="system=", tokenizer=tokenizer)[0].prompt == SYSTEM + CHAT
+
+
+def unused(note):
+    return note.startswith("the text in the column prompt is not in the messages")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "used"),
+    [
+        (Q, True),
+        (f"Be  short.\n{Q}\n", True),
+        (f"system: Be short.\nuser: {Q}", True),
+        ("Be short.", True),
+        (" ", True),
+        (None, True),
+        ("You are a pirate.", False),
+        (f"You are a pirate. {Q}", False),
+    ],
+)
+def test_a_text_prompt_that_is_not_in_the_messages_is_told(prompt, used, tmp_path, tokenizer):
+    asked = [turn("system", "Be short."), ASKED]
+    row = {"prompt": prompt, "chosen": [*asked, GOOD], "rejected": [*asked, BAD]}
+    read = load(written(tmp_path / "train.jsonl", row), tokenizer=tokenizer)
+    assert read[0].prompt == SYSTEM + CHAT
+    assert [*filter(unused, read.report.notes)] == (
+        [] if used else ["the text in the column prompt is not in the messages and is not used (1 of 1 pairs)"]
+    )

@@ -3,7 +3,8 @@ roles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.columns import Row, column, text
@@ -38,6 +39,22 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
             else:
                 sides = [_after_system(row["system"], side) for side in sides]
     return prompt, sides[0], sides[1]
+
+
+def is_copy(prompt: str, sides: Sequence[Any]) -> bool:
+    """Whether a text prompt repeats the turns that both lists of messages begin with: a part of them, or all but answers."""
+    same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
+    shared = [turn for turn, _ in same if isinstance(turn, Mapping)]
+    words = " ".join(prompt.split())
+    asked = [" ".join(text_of(turn).split()) for turn in shared if turn.get("role") != "assistant"]
+    return words in " ".join(" ".join(text_of(turn).split()) for turn in shared) or all(text in words for text in asked)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, also of its content parts."""
+    content = message.get("content", message.get("value"))
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
 
 
 def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -7,6 +7,7 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from dpo_jax.data.candidates import (
 )
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text, truth
-from dpo_jax.data.conversations import conversation, with_system
+from dpo_jax.data.conversations import conversation, is_copy, with_system
 from dpo_jax.data.demonstrations import sft_completion as sft_completion
 from dpo_jax.data.demonstrations import sft_messages as sft_messages
 from dpo_jax.data.demonstrations import sft_text as sft_text
@@ -48,6 +49,7 @@ from dpo_jax.untrusted import TooDeep
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
+_UNUSED = "the text in the column prompt is not in the messages and is not used"
 MAX_ANSWERS = 1000  # per question: they form half a million pairs
 
 
@@ -68,6 +70,8 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 raise BadRow(Cause.WRONG_TYPE, "a turn of a conversation always ends; only texts may be cut", field="unended")
             turns = prompt if isinstance(prompt, list) else None
             found = chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
+            if isinstance(prompt, str) and not is_copy(prompt, sides):
+                found = dataclasses.replace(found, notes=(*found.notes, _UNUSED))
             return with_images(found, images, tokenizer) if images else found
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):

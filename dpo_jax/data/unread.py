@@ -14,6 +14,7 @@ from typing import Any
 
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
+from dpo_jax.data.conversations import text_of
 from dpo_jax.data.format_table import FORMATS
 
 # Words in column names, most likely first.
@@ -200,7 +201,7 @@ def _said(row: Row, system: Any, format: str) -> bool:
     """Whether the texts or the first messages that `format` reads contain a system text."""
     if not isinstance(system, str):
         return False
-    texts = (value if isinstance(value, str) else _text_of(_first(value)) for value in _read(row, format))
+    texts = (value if isinstance(value, str) else text_of(_first(value)) for value in _read(row, format))
     return any(system.strip() in text for text in texts)
 
 
@@ -217,10 +218,3 @@ def _read(row: Row, format: str) -> list[Any]:
 
 def _first(turns: Any) -> Mapping[str, Any]:
     return turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], Mapping) else {}
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    """The text of a message, also of its content parts."""
-    content = message.get("content", message.get("value"))
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
