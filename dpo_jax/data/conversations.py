@@ -9,10 +9,7 @@ from typing import Any
 
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
-
-_ASSISTANTS = ("gpt", "chatgpt", "bard", "bing", "claude", "model", "bot")
-_ROLES = {"human": "user", "observation": "tool", **dict.fromkeys(_ASSISTANTS, "assistant")}  # of ShareGPT
-_KNOWN = ("system", "developer", "user", "assistant", "tool")
+from dpo_jax.data.roles import KNOWN, role_of, unknown_role, with_roles
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
@@ -91,20 +88,19 @@ def _messages(value: Any) -> Any:
     """The value as messages `{"role", "content"}` if it is a list of these or of ShareGPT's `{"from", "value"}`."""
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
+    if not isinstance(value, list):
         return value
-    return [_turn(_role(one["from"]), one["value"]) for one in value]
+    if all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
+        return [_turn(_role(one["from"]), one["value"]) for one in value]
+    return with_roles(value)
 
 
 def _role(name: Any) -> str | None:
     """The template's name of a ShareGPT role. Raises `BadRow` for an unknown one, which a template would write as it is."""
     if not isinstance(name, str):
         return None
-    role = _ROLES.get(name, name)
-    if role not in _KNOWN:
-        of_tools = "; write a call as `tool_calls` of a message of the assistant" if "call" in name else ""
-        known = ", ".join((*_ROLES, *_KNOWN))
-        raise BadRow(Cause.WRONG_TYPE, f"unknown role {name[:60]!r}{of_tools} (known: {known})", field="from")
+    if (role := role_of(name)) not in KNOWN:
+        raise unknown_role(name, field="from")
     return role
 
 

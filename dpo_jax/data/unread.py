@@ -16,6 +16,7 @@ from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.conversations import text_of
 from dpo_jax.data.format_table import FORMATS
+from dpo_jax.data.roles import role_of
 
 # Words in column names, most likely first.
 _PROMPT = (
@@ -194,7 +195,7 @@ def _implicit(row: Row) -> bool:
     sides = [row.get(side) for side in ("chosen", "rejected")]
     firsts = [side[0] if isinstance(side, list) and side else side for side in sides]
     roles = [first.get("role", first.get("from")) if isinstance(first, Mapping) else None for first in firsts]
-    return any(role in (None, "assistant", "gpt") for role in roles)
+    return any(role is None or role_of(str(role)) == "assistant" for role in roles)
 
 
 def _said(row: Row, system: Any, format: str) -> bool:
@@ -207,7 +208,7 @@ def _said(row: Row, system: Any, format: str) -> bool:
 
 def _begins_with_system(row: Row, format: str) -> bool:
     firsts = map(_first, _read(row, format))
-    return any(first.get("role", first.get("from")) in ("system", "developer") for first in firsts)
+    return any(role_of(str(first.get("role", first.get("from")))) in ("system", "developer") for first in firsts)
 
 
 def _read(row: Row, format: str) -> list[Any]:
