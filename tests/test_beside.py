@@ -160,3 +160,35 @@ def test_a_text_prompt_that_is_not_in_the_messages_is_told(prompt, used, tmp_pat
     assert [*filter(unused, read.report.notes)] == (
         [] if used else ["the text in the column prompt is not in the messages and is not used (1 of 1 pairs)"]
     )
+
+
+REPEATED = {
+    "pairs": {"chosen": f"{Q} An apple.", "rejected": f"{Q} A brick."},
+    "unpaired": {"completion": f"{Q} An apple.", "label": True},
+    "rankings": {"completions": [f"{Q} An apple.", f" {Q} A tomato.", f"{Q} A brick."]},
+    "demonstrations": {"completion": f"{Q} An apple."},
+}
+
+
+@pytest.mark.parametrize("rows", REPEATED)
+@pytest.mark.parametrize("columns", [None, "system=system"])
+def test_a_repeated_prompt_is_removed_in_every_kind_of_row(rows, columns, tmp_path, tokenizer):
+    row = REPEATED[rows] | {"prompt": Q} | ({"system": "Be short."} if columns else {})
+    path = written(tmp_path / "train.jsonl", row, row | {"prompt": f"{Q}\n"}, row | {"prompt": f" {Q} "})
+    read = load(path, rows=rows, columns=columns, tokenizer=tokenizer)
+    assert [(one.prompt.strip(), one.chosen.strip(), *one.between) for one in read][0] == (
+        *((SYSTEM + CHAT).strip() if columns else Q, "An apple."),
+        *((" A tomato.",) if rows == "rankings" else ()),
+    )
+    assert not any(Q in text for one in read for text in (one.chosen, one.rejected))
+    assert "the prompt is removed from the completions of all 3 rows, which repeat it" in read.report.notes
+
+
+def test_a_row_that_does_not_repeat_its_prompt_where_most_do_is_named(tmp_path):
+    row = REPEATED["unpaired"] | {"prompt": Q}
+    odd, bad = row | {"completion": "An apple."}, row | {"completion": 3}
+    path = written(tmp_path / "train.jsonl", row, row, odd, bad)
+    with pytest.raises(DataError, match=r"train.jsonl:3: completion: different_prompts: most rows repeat .*\n.*:4: .*text is"):
+        load(path, rows="unpaired")
+    read = load(path, rows="unpaired", on_bad="drop")
+    assert (len(read), read.report.dropped) == (2, {"different_prompts": 1, "wrong_type": 1})

@@ -10,7 +10,6 @@ and `pairs` has the records and the report.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import shlex
@@ -34,10 +33,10 @@ from dpo_jax.data.pairs import (
     Preference,
     PreferenceSet,
     Triage,
-    check_pair,
     readable_name,
     refuse,
 )
+from dpo_jax.data.repeated_prompts import RepeatedPrompts
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
@@ -125,12 +124,11 @@ def load_preferences(
     except MemoryError:  # a small file may unpack to any size
         detail = f"needs more memory than this machine has, after {report.rows:,} rows; take fewer"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
-    if report.format == "trl":
-        preferences = _with_prompt_once(preferences, triage)
     triage.finish(kept=len(preferences))
     told = collections.Counter(note for preference in preferences for note in preference.notes)
     report.notes += [f"{note} ({count:,} of {len(preferences):,} pairs)" for note, count in told.items()]
     report.notes += [f"{note} ({count:,} of {report.rows:,} rows)" for note, count in reading.told.items() if count]
+    report.notes += reading.repeated.notes() if reading.repeated else []
     if reading.ignored:
         report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
     if report.format in ("rewardbench", "pku") and preferences:
@@ -233,33 +231,6 @@ def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
     refuse(Cause.CHAT_TEMPLATE, source, detail)
 
 
-def _with_prompt_once(preferences: list[Preference], triage: Triage) -> list[Preference]:
-    """The preferences without a repeated prompt at the start of completions, if all completions of the set begin with it."""
-    repeats = [not p.chat and all(_begins(side, p.prompt) for side in (p.chosen, p.rejected)) for p in preferences]
-    report, count = triage.report, sum(repeats)
-    if not count:
-        return preferences
-    if count < len(preferences):
-        report.notes.append(
-            f"{count} of {len(preferences)} rows repeat their prompt in both completions; they are left unchanged"
-        )
-        return preferences
-    report.notes.append(f"the prompt is removed from the completions of all {count} rows, which repeat it")
-    kept = []
-    for pair in preferences:
-        chosen, rejected = (side.lstrip()[len(pair.prompt.lstrip()) :] for side in (pair.chosen, pair.rejected))
-        try:
-            check_pair(pair.prompt, chosen, rejected)
-            kept.append(dataclasses.replace(pair, chosen=chosen, rejected=rejected))
-        except BadRow as problem:
-            triage.reject(pair.uid, problem)
-    return kept
-
-
-def _begins(completion: str, prompt: str) -> bool:
-    return completion.lstrip().startswith(prompt.lstrip())
-
-
 class _Reading:
     """The rows of a split with the column names of its format. Detection sets the format in the report."""
 
@@ -269,6 +240,7 @@ class _Reading:
         self.triage = Triage(report, on_bad=on_bad)
         self.ignored: dict[str, None] = {}  # columns not read by the format
         self.told: collections.Counter[str] = collections.Counter()  # notes on rows
+        self.repeated: RepeatedPrompts | None = None  # None: no format is known
         self._seen: set[tuple[str, ...]] = set()
 
     def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
@@ -289,6 +261,7 @@ class _Reading:
             if 2 * len(found) > len(sample):
                 where, unread = max(found, key=lambda one: len(one[1].names))  # the system text may be blank in some
                 refuse(Cause.UNREAD_COLUMN, where, unread.detail)
+            self.repeated = RepeatedPrompts(self.report.format, [row for _, row in sample])
         return self._checked(itertools.chain(sample, rows))
 
     def _detect(self, sample: list[tuple[str, Row]]) -> None:
@@ -344,7 +317,10 @@ class _Reading:
                 continue
             if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
-            yield where, row
+            try:
+                yield where, self.repeated.row(row) if self.repeated else row
+            except BadRow as problem:
+                self.reject(where, problem)
 
     def _unread(self, row: Row) -> Unread | None:
         return unread_columns(row, self.report.format, self.mapped)
