@@ -192,3 +192,51 @@ def test_a_row_that_does_not_repeat_its_prompt_where_most_do_is_named(tmp_path):
         load(path, rows="unpaired")
     read = load(path, rows="unpaired", on_bad="drop")
     assert (len(read), read.report.dropped) == (2, {"different_prompts": 1, "wrong_type": 1})
+
+
+PAIR = {"prompt": Q, "chosen": "An apple.", "rejected": "A brick."}
+
+
+@SUFFIXES
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [
+        ({"initial_reason_steps": "Step 1:"}, "--data.columns prompt=prompt+initial_reason_steps reads it"),
+        ({"context": "Fruit grows."}, "--data.columns prompt=context+prompt reads it"),
+        ({"history": [["Hi", "Hello"]]}, "to read it, give messages"),
+        ({"functions": [{"name": "pick", "description": "Pick fruit"}]}, "to read it, give messages"),
+        ({"history": []}, None),
+        ({"context": Q, "full_prompt": f"user: {Q}"}, None),
+        ({"prompt_id": "a b", "chosen_text": "More.", "answer": "Pear.", "source": "a page"}, None),
+    ],
+    ids=str,
+)
+def test_what_may_belong_to_the_prompt_is_named(beside, told, suffix, tmp_path):
+    path = written(tmp_path / f"train.{suffix}", PAIR | beside, PAIR | beside)
+    notes = [note for note in load(path).report.notes if "may belong" in note]
+    [name] = [*beside][:1]
+    assert notes == ([f"{name!r} may belong to the prompt, but is left out; {told} (2 of 2 rows)"] if told else [])
+    if told and "--data" in told:
+        [pair, _] = load(path, columns=option_in(notes[0]))
+        assert beside[name] in pair.prompt
+
+
+def test_messages_that_are_not_in_the_prompt_are_named(tmp_path, tokenizer):
+    before = [turn("user", "Hi"), turn("assistant", "Hello")]
+    rows = [PAIR | {"thread": thread} for thread in ([*before, ASKED], [ASKED, turn("assistant", "An apple.")])]
+    notes = load(written(tmp_path / "train.jsonl", *rows), tokenizer=tokenizer).report.notes
+    assert "'thread' may belong to the prompt, but is left out; to read it, give messages (1 of 2 rows)" in notes
+
+
+@SUFFIXES
+def test_scores_that_contradict_the_preference_are_counted(suffix, tmp_path):
+    scores = [(2, 1), (1, 1), (0.5, 1.5), (3, 3), (None, 1), (float("inf"), 2)][: None if suffix == "parquet" else 5]
+    rows = [PAIR | {"chosen_avg-rating": better, "rejected_avg-rating": worse, "score_a": 1} for better, worse in scores]
+    read = load(written(tmp_path / f"train.{suffix}", *rows))
+    assert len(read) == len(rows)
+    notes = [note.split(" (") for note in read.report.notes if "completion" in note]
+    told = {first: last for first, _, last in notes}
+    assert told == {
+        "both completions have the same score": f"2 of {len(rows)} rows)",
+        "the rejected completion has the higher score": f"1 of {len(rows)} rows)",
+    }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dpo_jax.data import message_texts
-from dpo_jax.data.beside import Unread, suspects, unread_columns
+from dpo_jax.data.beside import Unread, notes_on, suspects, unread_columns
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
@@ -47,6 +47,7 @@ __all__ = ["PreferenceSet", "load_preferences", "peek"]
 _FIRST = 100  # rows by which a format is detected
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
 _TURNS = ("prompt", "chosen", "completion", "completions", "messages")  # columns that may hold conversations
+_NOTES = 20  # most different notes on what stands beside the columns that are read
 _SHAPES = 1000  # most distinct sets of columns examined for the note on unread columns
 
 
@@ -315,6 +316,9 @@ class _Reading:
             if unread := self._unread(row):
                 self.reject(where, BadRow(Cause.UNREAD_COLUMN, unread.detail))
                 continue
+            self.told.update(
+                note for note in notes_on(row, self.report.format, self.mapped) if note in self.told or len(self.told) < _NOTES
+            )
             if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
             try:

@@ -19,16 +19,16 @@ from dpo_jax.data.format_table import FORMATS
 from dpo_jax.data.roles import role_of
 
 # Words in column names, most likely first.
-_PROMPT = (
+PROMPT = (
     *("prompt", "prompts", "instruction", "instructions", "question", "questions", "query", "queries", "problem", "request"),
     *("conversations", "conversation", "messages", "dialogue", "dialog", "history", "turns", "user", "human"),
     *("inputs", "input", "context", "contexts", "passage", "document", "article", "post", "text"),
 )
-_CONTEXT = {"context", "contexts", "passage", "document", "article", "background"}
-_CHOSEN = {"chosen", "preferred", "better", "accepted", "accept", "winner", "winning", "win", "positive", "pos", "good"}
-_REJECTED = {"rejected", "reject", "dispreferred", "worse", "loser", "losing", "lose", "negative", "neg", "bad"}
+CONTEXT = {"context", "contexts", "passage", "document", "article", "background"}
+CHOSEN = {"chosen", "preferred", "better", "accepted", "accept", "winner", "winning", "win", "positive", "pos", "good"}
+REJECTED = {"rejected", "reject", "dispreferred", "worse", "loser", "losing", "lose", "negative", "neg", "bad"}
 _ANSWER = {"answer", "response", "completion", "output", "reply", "text", "message", "messages", "content", "summary", "side"}
-_OTHER_SIDES = _CHOSEN | _REJECTED | _ANSWER - {"text", "messages", "message", "content"}
+OTHER_SIDES = CHOSEN | REJECTED | _ANSWER - {"text", "messages", "message", "content"}
 # Metadata columns: `prompt_id`, `chosen_model`, `score_a`.
 _ABOUT = {
     *("id", "ids", "uid", "uuid", "idx", "index", "hash", "key", "name", "dataset", "model", "models", "url", "link", "path"),
@@ -50,18 +50,18 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     if not row.keys() >= {*FORMATS[format].told_by}:
         return []
     found = _systems(row, mapped, format)
-    if not _infers_prompt(format) or _filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
+    if not _infers_prompt(format) or is_filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
         return found
-    others = [name for name in row if name not in reads and name not in found and not _is_about(name)]
+    others = [name for name in row if name not in reads and name not in found and not is_about(name)]
     return found + [name for name in others if _may_be_prompt(name, row[name])]
 
 
 def prompts_and_systems(names: Sequence[str], types: Mapping[str, ColumnType], format: str) -> list[str]:
     """The columns of a file that must be decoded to know whether they hold a prompt or a system text."""
     implicit = _infers_prompt(format) and "prompt" not in names
-    others = [name for name in names if implicit and not _is_about(name)]
+    others = [name for name in names if implicit and not is_about(name)]
     likely = [name for name in others if types.get(name) == "text" or _rank(name) is not None]
-    return list(dict.fromkeys([*filter(_is_system, names), *likely]))
+    return list(dict.fromkeys([*filter(is_system, names), *likely]))
 
 
 def _infers_prompt(format: str) -> bool:
@@ -71,7 +71,7 @@ def _infers_prompt(format: str) -> bool:
 
 def refusal(found: Sequence[str], row: Row, format: str, mapped: ColumnMap) -> str:
     """Message: why a row with the `unread` columns `found` is refused, and the option that reads them."""
-    systems = {name for name in found if _is_system(name)}
+    systems = {name for name in found if is_system(name)}
     prompts = [name for name in found if name not in systems]
     none = {"prompt": ""} if prompts else {}
     none |= {"system": ""} if systems else {}
@@ -96,7 +96,7 @@ def refusal(found: Sequence[str], row: Row, format: str, mapped: ColumnMap) -> s
 def suggestion(row: Row, mapped: ColumnMap) -> str | None:
     """The value of `--data.columns` that reads a mapped row as a preference; None if its columns suggest none."""
     found: dict[str, str] = {}
-    for key, words in (("chosen", _CHOSEN), ("rejected", _REJECTED)):
+    for key, words in (("chosen", CHOSEN), ("rejected", REJECTED)):
         if key not in row and (name := _side(row, words)):
             found[key] = name
     if not found and row.keys() >= {"response_j", "response_k"}:  # StackExchange pairs
@@ -104,7 +104,7 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
     if not {*row, *found} >= {"chosen", "rejected"}:
         return None
     if (
-        not _filled(row.get("prompt"))
+        not is_filled(row.get("prompt"))
         and "prompt" not in mapped.columns
         and (_implicit(row) or found)
         and (prompt := _prompt(row))
@@ -126,7 +126,7 @@ def _systems(row: Row, mapped: ColumnMap, format: str) -> list[str]:
     """The columns with a system text, unless one is mapped or the text is also in the conversation."""
     if "system" in mapped.columns:
         return []
-    return [name for name in row if _is_system(name) and _filled(row[name]) and not _said(row, row[name], format)]
+    return [name for name in row if is_system(name) and is_filled(row[name]) and not _said(row, row[name], format)]
 
 
 def _side(row: Row, words: Collection[str]) -> str | None:
@@ -134,23 +134,23 @@ def _side(row: Row, words: Collection[str]) -> str | None:
     for name, value in row.items():
         told = set(words_of(name))
         negated = bool(told & {"non", "not"})
-        side = _REJECTED if told & _REJECTED or (told & _CHOSEN and negated) else _CHOSEN if told & _CHOSEN else None
-        if side is words and told <= {"non", "not", *_CHOSEN, *_REJECTED, *_ANSWER} and _filled(value):
+        side = REJECTED if told & REJECTED or (told & CHOSEN and negated) else CHOSEN if told & CHOSEN else None
+        if side is words and told <= {"non", "not", *CHOSEN, *REJECTED, *_ANSWER} and is_filled(value):
             return name
     return None
 
 
 def _prompt(row: Row) -> str | None:
     """The columns that hold the prompt, as written in the option: `instruction+input`."""
-    names = [name for name in row if name not in _TRL and not _is_system(name) and not _is_about(name)]
-    ranked = sorted((rank, name) for name in names if (rank := _rank(name)) is not None and _filled(row[name]))
+    names = [name for name in row if name not in _TRL and not is_system(name) and not is_about(name)]
+    ranked = sorted((rank, name) for name in names if (rank := _rank(name)) is not None and is_filled(row[name]))
     if not ranked:
         return next((name for name in names if _may_be_prompt(name, row[name])), None)
     best = ranked[0][1]
     if not isinstance(row[best], str):
         return best
     texts = [name for name in names if isinstance(row[name], str) and name != best]
-    before = [name for name in texts if set(words_of(name)) & _CONTEXT]
+    before = [name for name in texts if set(words_of(name)) & CONTEXT]
     after = [name for name in texts if words_of(name) in (("input",), ("inputs",))]
     return "+".join([*before[:1], best, *after[:1]])
 
@@ -162,32 +162,37 @@ def words_of(name: str) -> tuple[str, ...]:
 
 
 def _rank(name: str) -> int | None:
-    ranks = [_PROMPT.index(word) for word in words_of(name) if word in _PROMPT]
+    ranks = [PROMPT.index(word) for word in words_of(name) if word in PROMPT]
     return min(ranks, default=None)
 
 
-def _is_about(name: str) -> bool:
+def is_about(name: str) -> bool:
     words = words_of(name)
-    return bool(set(words) & (_ABOUT | _OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
+    return bool(set(words) & (_ABOUT | OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
-def _is_system(name: str) -> bool:
+def is_system(name: str) -> bool:
     words = set(words_of(name))
     return bool(words & {"system", "sys"}) and not words & _ABOUT
 
 
-def _filled(value: Any) -> bool:
+def is_filled(value: Any) -> bool:
     """Whether a cell holds a text, or anything in a list or an object."""
     return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | Mapping) and bool(value)
 
 
 def _may_be_prompt(name: str, value: Any) -> bool:
     """Whether a cell may be a prompt: any text if its column is named so, otherwise a text of several words, or messages."""
-    if not _filled(value) or _rank(name) is not None:
-        return _filled(value)
+    if not is_filled(value) or _rank(name) is not None:
+        return is_filled(value)
     if isinstance(value, str):
         return len(value.split()) > 1 or len(value) > 20
-    return isinstance(value, list) and isinstance(value[0], Mapping) and bool({"role", "from"} & value[0].keys())
+    return is_messages(value)
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a value is a list that begins with a message."""
+    return bool({"role", "from"} & _first(value).keys())
 
 
 def _implicit(row: Row) -> bool:
