@@ -84,6 +84,16 @@ def test_decimals_are_numbers(tmp_path):
     assert [pair.chosen for pair in load_preferences(tmp_path, "train")] == [" a"]
 
 
+@pytest.mark.parametrize("literal", ["NaN", "-Infinity"])
+def test_what_is_no_number_is_refused_only_where_it_is_read(literal, tmp_path):
+    """Python's `json` writes these for missing values, for example of a score that no format reads."""
+    line = json.dumps(ROWS["shp"] | {"score": [float("nan")]}).replace("NaN", literal)
+    (tmp_path / "train.jsonl").write_text(line + "\n" + line.replace('"score_A": 40', f'"score_A": {literal}') + "\n")
+    loaded = load_preferences(tmp_path, "train", on_bad="drop")
+    assert (loaded[0].uid, loaded.report.dropped) == ("train.jsonl:1", {"nan": 1})
+    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: score_A: nan: ")
+
+
 def test_a_row_that_unpacks_to_more_than_a_line_may_hold_is_one_bad_row(tmp_path, monkeypatch):
     """Repeated values take no space in the file. A large dictionary of small values is no large row."""
     monkeypatch.setattr(LIMITS, "line_mb", 1)
@@ -171,10 +181,10 @@ def test_the_pairs_of_a_question_share_its_text(tmp_path):
 
 
 def test_no_place_is_looked_for_in_a_long_line(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]) + b'{"a": [' + b"[]," * 400_000 + b"NaN]}\n")
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]) + b'{"a": [' + b"[]," * 400_000 + b"1e999]}\n")
     loaded = read(tmp_path, "trl")
     assert loaded.report.dropped == {"nan": 1}
-    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: nan: NaN")
+    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: nan: 1e999")
 
 
 def test_more_rows_than_memory_holds_end_in_a_message(tmp_path, monkeypatch):
