@@ -135,6 +135,39 @@ def test_another_system_text_than_that_of_the_messages_is_refused(tmp_path, toke
     assert load(path, columns="system=", tokenizer=tokenizer)[0].prompt == SYSTEM + CHAT
 
 
+TWICE = {side: [ASKED, answer] for side, answer in (("chosen", GOOD), ("rejected", BAD))}
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "option"),
+    [
+        ({"prompt": [], **TWICE}, "prompt: empty: no messages; if", "prompt="),
+        ({"prompt": "", "chosen": f"{Q} A.", "rejected": f"{Q} B."}, "prompt: no_prompt: the prompt is blank; if", "prompt="),
+        ({"prompt": [turn("system", "S"), ASKED], **TWICE}, "chosen: different_prompts: it begins with the last turns", None),
+        (
+            {"prompt": Q, "chosen": ["A."], "rejected": ["B.", "C."]},
+            "chosen: wrong_type: expected a list of messages, got a list of texts; ",
+            "chosen=chosen.0",
+        ),
+    ],
+)
+def test_rows_of_odd_shapes_are_answered_with_a_remedy(row, words, option, tmp_path, tokenizer):
+    path = written(tmp_path / "train.jsonl", row)
+    with pytest.raises(DataError, match=words) as refusal:
+        load(path, tokenizer=tokenizer)
+    if option:
+        assert option_in(str(refusal.value)) == option
+        columns = option + (",rejected=rejected.0" if "chosen" in option else "")
+        assert len(load(path, columns=columns, tokenizer=tokenizer)) == 1
+
+
+@SUFFIXES
+def test_the_columns_of_rewardbench_may_hold_messages(suffix, tmp_path, tokenizer):
+    about = {"chosen_model": "a", "rejected_model": "b", "subset": "c"}
+    read = load(written(tmp_path / f"train.{suffix}", TWICE | {"prompt": Q} | about), tokenizer=tokenizer)
+    assert (read.report.format, read[0].prompt, read[0].subset) == ("trl", CHAT, "c")
+
+
 def unused(note):
     return note.startswith("the text in the column prompt is not in the messages")
 

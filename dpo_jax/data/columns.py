@@ -70,6 +70,8 @@ def truth(row: Row, field: str) -> bool:
     value = column(row, field)
     if isinstance(value, CsvText):
         value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    elif isinstance(value, str):
+        raise BadRow(Cause.WRONG_TYPE, f"expected true or false, got the text {value[:40]!r}", field=field)
     try:
         found = value if isinstance(value, bool) else number(row, field)
     except BadRow as problem:
@@ -77,7 +79,8 @@ def truth(row: Row, field: str) -> bool:
             raise
         raise BadRow(problem.cause, f"true or false, or 1 or 0, is needed, this is {value[:40]!r}", field=field) from None
     if found not in (0, 1):
-        raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}", field=field)
+        zero = "; write 0 for false" if found == -1 else ""
+        raise BadRow(Cause.OUT_OF_RANGE, f"true or false, or 1 or 0, is needed, this is {found:g}{zero}", field=field)
     return bool(found)
 
 

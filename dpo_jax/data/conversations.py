@@ -11,6 +11,8 @@ from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.roles import KNOWN, role_of, unknown_role, with_roles
 
+IMPLICIT = "if chosen and rejected begin with it: --data.columns prompt="
+
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
     """Prompt, chosen and rejected of a row. If one is a list of messages, or the row has `system`, all become lists of
@@ -26,6 +28,8 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
         if not isinstance(prompt, list):
             prompt = text(row, "prompt")
     if all(isinstance(side, list) for side in sides):
+        if prompt == []:
+            raise BadRow(Cause.EMPTY, f"no messages; {IMPLICIT}", field="prompt")
         if isinstance(prompt, list):
             _check_once(prompt, dict(zip(("chosen", "rejected"), sides, strict=True)))
         elif isinstance(prompt, str) and prompt.strip() and all(_first_role(side) == "assistant" for side in sides):
@@ -116,6 +120,9 @@ def _check_once(prompt: list[Any], sides: Mapping[str, list[Any]]) -> None:
     for name, side in sides.items():
         if prompt and side[: len(prompt)] == prompt:
             detail = "it begins with the whole prompt; read the prompt from these messages: --data.columns prompt="
+            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
+        if _first_role(side) != "assistant" and any(side[:count] == prompt[-count:] for count in range(1, len(prompt))):
+            detail = "it begins with the last turns of the prompt; leave them out of it, or write the whole conversation in it"
             raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
 
 

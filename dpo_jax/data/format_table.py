@@ -29,7 +29,7 @@ class Format(NamedTuple):
     reads      the columns that its function reads; "info.title" is a field inside a column
     told_by    columns by which the format is detected (none: only data.format selects it) ...
     lacks      ... provided that the row has none of these ...
-    begins     ... and that the texts in these begin so, leading white space ignored
+    begins     ... and that these hold texts that begin so, leading white space ignored
     rows       the kind of example in a row
     """
 
@@ -140,6 +140,7 @@ _FORMATS = (
             **{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
             **{"chosen_model": "a", "rejected_model": "b", "subset": "math-prm"},
         },
+        begins={"prompt": "", "chosen": "", "rejected": ""},  # with messages it is the format trl
     ),
     Format(
         "openai",

@@ -25,7 +25,7 @@ from dpo_jax.data.candidates import (
 )
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text, truth
-from dpo_jax.data.conversations import conversation, is_copy, with_system
+from dpo_jax.data.conversations import IMPLICIT, conversation, is_copy, with_system
 from dpo_jax.data.demonstrations import sft_completion as sft_completion
 from dpo_jax.data.demonstrations import sft_messages as sft_messages
 from dpo_jax.data.demonstrations import sft_text as sft_text
@@ -78,6 +78,8 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             check_length(row[field], field=field)
         unread = unread_options(row)
         if "prompt" in row:
+            if not text(row, "prompt").strip():
+                raise BadRow(Cause.NO_PROMPT, f"the prompt is blank; {IMPLICIT}", field="prompt")
             found = Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread, unended=unended_sides(row))
             return checked(found)
         cut = common_prompt(chosen, rejected)

@@ -78,6 +78,9 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
     if len(value) > MAX_MESSAGES:
         raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
+    if all(isinstance(message, str) for message in value):
+        detail = f"expected a list of messages, got a list of texts; --data.columns {field}={field}.0 reads the first one"
+        raise BadRow(Cause.WRONG_TYPE, detail, field=field)
     return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(with_roles(value))]
 
 
