@@ -273,3 +273,56 @@ def test_scores_that_contradict_the_preference_are_counted(suffix, tmp_path):
         "both completions have the same score": f"2 of {len(rows)} rows)",
         "the rejected completion has the higher score": f"1 of {len(rows)} rows)",
     }
+
+
+LISTS = {
+    "Nectar": ({"prompt": Q, "answers": [{"answer": "B.", "rank": 2.0}, {"answer": "A.", "rank": 1.0}]}, "completions=answers"),
+    "UltraFeedback": (
+        {"instruction": Q, "completions": [{"response": "B.", "overall_score": 2}, {"response": "A.", "overall_score": 4.5}]},
+        "prompt=instruction",
+    ),
+    "two texts": (
+        {"instruction": "Name", "input": "a fruit.", "output": ["A.", "B."]},
+        "prompt=instruction+input,chosen=output.0,rejected=output.1",
+    ),
+    "prompts and two texts": ({"prompt": Q, "responses": ["A.", "B."]}, "chosen=responses.0,rejected=responses.1"),
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_completions_in_a_list_are_answered_with_the_option_that_reads_them(name, tmp_path):
+    row, option = LISTS[name]
+    path = written(tmp_path / "train.jsonl", row)
+    with pytest.raises(DataError) as refusal:
+        load(path)
+    assert option_in(str(refusal.value)) == option
+    assert [(pair.chosen, pair.rejected) for pair in load(path, columns=option)] == [("A.", "B.")]
+
+
+def test_prompts_alone_where_pairs_are_needed_name_the_other_columns(tmp_path):
+    path = written(tmp_path / "train.jsonl", {"prompt": Q, "response": "A.", "helpfulness": 3})
+    with pytest.raises(DataError, match="write these from them: 'response', 'helpfulness'$"):
+        load(path)
+    assert peek(path, "train").hint == "if they are in the other columns, write these from them: 'response', 'helpfulness'"
+    assert len(load(path, rows="prompts")) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"text": "A."}, "completions: missing_column: these objects do not all have one of rank, score"),
+        ({"text": "A.", "score": "high"}, "completions.1.score: wrong_type: a number is needed"),
+        ({"score": 1}, "completions.1.text: missing_column"),
+        ({"text": 3, "score": 1}, "completions.1.text: wrong_type: a text is needed"),
+    ],
+)
+def test_bad_objects_of_a_ranking_are_named(change, words, tmp_path):
+    row = {"prompt": Q, "completions": [{"text": "B.", "score": 2}, change]}
+    with pytest.raises(DataError, match=words):
+        load(written(tmp_path / "train.jsonl", row), rows="any")
+
+
+def test_scores_of_its_own_rank_a_list_of_objects(tmp_path):
+    row = {"prompt": Q, "completions": [{"text": "B.", "score": 2}, {"text": "A.", "score": 1}], "seeds": [1, 2]}
+    assert load(written(tmp_path / "train.jsonl", row), rows="rankings")[0].chosen == "B."
+    assert load(written(tmp_path / "train.jsonl", row | {"scores": [1, 2]}), rows="rankings")[0].chosen == "A."

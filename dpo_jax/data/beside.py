@@ -13,6 +13,7 @@ from dpo_jax.data.columns import ColumnType, Row, number, shown_names
 from dpo_jax.data.conversations import text_of
 from dpo_jax.data.format_table import FORMATS
 from dpo_jax.data.pairs import BadRow
+from dpo_jax.data.rankings import is_object
 from dpo_jax.data.unread import (
     CHOSEN,
     CONTEXT,
@@ -135,7 +136,9 @@ def _scores(names: tuple[str, ...], format: str) -> list[tuple[str, str]]:
 def _orders(row: Row, mapped: ColumnMap) -> list[str]:
     """Columns with one number or truth value for each completion, if nothing says in which order the completions are."""
     several, known = row.get("completions"), ("ranks", "scores")
-    if not isinstance(several, list) or any(row.get(name) is not None or name in mapped.columns for name in known):
+    if not isinstance(several, list) or any(map(is_object, several)):  # such objects have their own rank or score
+        return []
+    if any(row.get(name) is not None or name in mapped.columns for name in known):
         return []
     others = (name for name in row if name not in FORMATS["ranked"].reads)
     return [name for name in others if _is_one_each(row[name], len(several))]

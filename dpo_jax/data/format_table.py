@@ -236,7 +236,10 @@ _FORMATS = (
         {
             "prompt": _PROMPT,
             "system": _SYSTEM,
-            "completions": Column("two or more completions, texts or messages; best first unless ranks or scores are given"),
+            "completions": Column(
+                "two or more completions: texts, messages, or objects with text and rank or score; "
+                "best first unless ranks or scores are given"
+            ),
             "ranks": Column("their ranks, 1 is the best", needed=False),
             "scores": Column("their scores, more is better", needed=False),
             **_CHAT_OPTIONS,

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 from dpo_jax.data.candidates import (
     Candidates,
-    Rankings,
     Rows,
     chat_options,
     checked,
@@ -41,7 +40,8 @@ from dpo_jax.data.pairs import (
     check_length,
 )
 from dpo_jax.data.prompt_rows import prompts as prompts
-from dpo_jax.data.row_kinds import Ranking
+from dpo_jax.data.rankings import MAX_ANSWERS
+from dpo_jax.data.rankings import ranked as ranked
 from dpo_jax.data.transcripts import as_transcript
 from dpo_jax.data.transcripts import hh as hh
 from dpo_jax.data.transcripts import hh_chat as hh_chat
@@ -50,7 +50,6 @@ from dpo_jax.untrusted import TooDeep
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
 _UNUSED = "the text in the column prompt is not in the messages and is not used"
-MAX_ANSWERS = 1000  # per question: they form half a million pairs
 
 
 def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -292,54 +291,6 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         return Preference(prompt, completion, completion, uid, desirable=desirable, **both, **more)
 
     return one_each(rows, preference)
-
-
-def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
-    """Rankings: `completions`, best first, or in any order with `ranks` (1 is the best) or `scores`."""
-
-    def ranking(uid: str, row: Row) -> Ranking:
-        several = column(row, "completions")
-        if not isinstance(several, list):
-            detail = f"a list of completions is needed, this is {type(several).__name__}"
-            raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
-        if len(several) < 2:
-            raise BadRow(
-                Cause.NO_PAIR, f"a ranking has at least two completions, but this one has {len(several)}", field="completions"
-            )
-        if len(several) > MAX_ANSWERS:
-            raise BadRow(
-                Cause.OUT_OF_RANGE, f"{len(several):,} completions, but the limit is {MAX_ANSWERS:,}", field="completions"
-            )
-        ranks = _ranks(row, len(several))
-        named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
-        prompt, texts, spans, more = completions_of(row, named, uid, tokenizer)
-        for (name, _), parts in zip(named, spans, strict=True):
-            if parts is not None:
-                detail = "a completion of several turns, but in a ranking each has one, the assistant's answer"
-                raise BadRow(Cause.TOO_LONG, detail, field=name)
-        order = sorted(range(len(texts)), key=lambda i: ranks[i])
-        return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, **more)
-
-    return one_each(rows, ranking)
-
-
-def _ranks(row: Row, count: int) -> list[float]:
-    """The rank of each completion (lower is better): by `ranks`, by `scores`, or by order."""
-    found: dict[str, list[float]] = {}
-    for field, sign in (("ranks", 1), ("scores", -1)):
-        values = row.get(field)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != count:
-            what = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
-            raise BadRow(Cause.WRONG_TYPE, f"a list of {count} numbers is needed, this is {what}", field=field)
-        items = {str(i): value for i, value in enumerate(values)}
-        found[field] = [sign * number(items, name, inside=f"{field}.") for name in items]
-    if len(found) == 2 and any(
-        (a - b) * (c - d) < 0 for (a, c), (b, d) in combinations(zip(found["ranks"], found["scores"], strict=True), 2)
-    ):
-        raise BadRow(Cause.OUT_OF_RANGE, "ranks and scores put the completions in different orders", field="ranks, scores")
-    return next(iter(found.values()), [float(i + 1) for i in range(count)])
 
 
 def _without_html(row: Row, field: str, *, inside: str = "") -> str:

@@ -40,7 +40,7 @@ from dpo_jax.data.repeated_prompts import RepeatedPrompts
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
-from dpo_jax.data.unread import suggestion
+from dpo_jax.data.unread import remedy_for_lists, suggestion
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
@@ -107,7 +107,7 @@ def load_preferences(
     lines = reading.rows(files)
     stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
     if report.format != "auto":  # it is if no row can be read
-        check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
+        check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})", hint=reading.hint)
     preferences: list[Preference] = []
     try:
         if report.format != "auto":
@@ -154,6 +154,7 @@ class Peeked(NamedTuple):
     chat: DataError | None  # the error of a tokenizer without a chat template; None: these rows need none
     tools: str | None  # "train.jsonl:3", the first conversation with tools
     unusable: DataError | None  # the error of rows that make a run refuse the data, as far as these rows tell
+    hint: str | None  # of rows detected as prompts alone: how they may state preferences
     doubt: str | None  # a warning: none of these rows can be used, but others may be
 
 
@@ -185,7 +186,8 @@ def peek(
     kept, chat = _parse(texts(), reading)
     kept += sum(1 for _ in texts()) + (chat is not None)  # the rows that cannot be parsed without a template
     unusable, doubt = _unusable(reading, kept + len(images))
-    return Peeked(report.format, len(files), next(iter(images), None), chat, next(iter(tools), None), unusable, doubt)
+    shown, told = next(iter(images), None), next(iter(tools), None)
+    return Peeked(report.format, len(files), shown, chat, told, unusable, reading.hint, doubt)
 
 
 def _parse(rows: Iterator[tuple[str, Row]], reading: _Reading) -> tuple[int, DataError | None]:
@@ -241,6 +243,7 @@ class _Reading:
         self.triage = Triage(report, on_bad=on_bad)
         self.ignored: dict[str, None] = {}  # columns not read by the format
         self.told: collections.Counter[str] = collections.Counter()  # notes on rows
+        self.hint: str | None = None  # how rows that were detected as prompts alone may state preferences
         self.repeated: RepeatedPrompts | None = None  # None: no format is known
         self._seen: set[tuple[str, ...]] = set()
 
@@ -257,6 +260,7 @@ class _Reading:
                 break
         if self.report.format == "auto":
             self._detect(sample)
+            self.hint = self._hint(sample[0][1]) if self.report.format == "prompts" else None
         if self.report.format != "auto":
             found = [(where, unread) for where, row in sample if (unread := self._unread(row))]
             if 2 * len(found) > len(sample):
@@ -275,6 +279,12 @@ class _Reading:
         for name, count in votes.most_common(1):
             self.report.format = name
             self.report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
+
+    def _hint(self, row: Row) -> str | None:
+        others = [name for name in row if name not in FORMATS["prompts"].reads]
+        if remedy := remedy_for_lists(row, self.mapped):
+            return remedy
+        return f"if they are in the other columns, write these from them: {shown_names(others)}" if others else None
 
     def _readable(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
         for name, path in files:
@@ -344,6 +354,8 @@ class _Reading:
         if option is None and isinstance(row.get("conversations"), list) and format in ("auto", "sft_messages"):
             option = "--data.columns messages=conversations"
         needs += f"read them with {option}; " if option else ""
+        if option is None and format in ("auto", "ranked") and (remedy := remedy_for_lists(row, self.mapped)):
+            needs += f"{remedy}; "
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
         remedy += "" if option else "; if they have other names, map them: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
         remedy += "" if option else "; for sft prompt=NAME,completion=NAME or text=NAME"

@@ -16,6 +16,7 @@ from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.conversations import text_of
 from dpo_jax.data.format_table import FORMATS
+from dpo_jax.data.rankings import is_ranked
 from dpo_jax.data.roles import role_of
 
 # Words in column names, most likely first.
@@ -29,6 +30,7 @@ CHOSEN = {"chosen", "preferred", "better", "accepted", "accept", "winner", "winn
 REJECTED = {"rejected", "reject", "dispreferred", "worse", "loser", "losing", "lose", "negative", "neg", "bad"}
 _ANSWER = {"answer", "response", "completion", "output", "reply", "text", "message", "messages", "content", "summary", "side"}
 OTHER_SIDES = CHOSEN | REJECTED | _ANSWER - {"text", "messages", "message", "content"}
+_ANSWERS = _ANSWER | {"answers", "responses", "completions", "outputs", "replies", "candidates"}
 # Metadata columns: `prompt_id`, `chosen_model`, `score_a`.
 _ABOUT = {
     *("id", "ids", "uid", "uuid", "idx", "index", "hash", "key", "name", "dataset", "model", "models", "url", "link", "path"),
@@ -116,7 +118,22 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
     return option_of(mapped, found) if found and "," not in "".join(named) and row.keys() >= {*named} else None
 
 
-def option_of(mapped: ColumnMap, more: Mapping[str, str]) -> str:
+def remedy_for_lists(row: Row, mapped: ColumnMap) -> str | None:
+    """How to read a mapped row whose completions are in one list: two texts, or objects with text and rank or score."""
+    prompt = {} if is_filled(row.get("prompt")) or "prompt" in mapped.columns else {"prompt": _prompt(row)}
+    for name, value in row.items():
+        if not isinstance(value, list) or len(value) < 2 or set(",+") & set(name) or None in prompt.values():
+            continue
+        if all(map(is_ranked, value)):
+            named = prompt if name == "completions" else prompt | {"completions": name}
+            return f"{option_of(mapped, named)} reads them as rankings" if named else None
+        if len(value) == 2 and all(isinstance(text, str) for text in value) and _ANSWERS & {*words_of(name)}:
+            sides = {"chosen": f"{name}.0", "rejected": f"{name}.1"}
+            return f"{option_of(mapped, prompt | sides)} reads them, if the first of two is the better"
+    return None
+
+
+def option_of(mapped: ColumnMap, more: Mapping[str, str | None]) -> str:
     """The option `--data.columns` with `more` added to what is mapped."""
     text = ",".join(filter(None, [str(mapped), *(f"{key}={name}" for key, name in more.items())]))
     return f"--data.columns {shlex.quote(text)}"
