@@ -175,6 +175,22 @@ _FORMATS = (
         {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 1},
     ),
     Format(
+        "arena",
+        "Chatbot Arena of LMSYS; rendered with the tokenizer's chat template",
+        {
+            "conversation_a": Column("messages, which begin with the same question"),
+            "conversation_b": Column("others"),
+            "winner": Column("`model_a` or `model_b`; `tie`, `tie (bothbad)` and `both_bad` give no pair"),
+            "subset": _SUBSET,
+        },
+        ("conversation_a", "conversation_b", "winner"),
+        {
+            "conversation_a": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
+            "conversation_b": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}],
+            "winner": "model_a",
+        },
+    ),
+    Format(
         "hh",
         "Anthropic HH: two transcripts that differ after their last `Assistant:`",
         {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},

@@ -7,8 +7,9 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -173,13 +174,37 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
             raise BadRow(Cause.WRONG_TYPE, f"an object is needed, this is {type(asked).__name__}", field="input")
         options = {"tools": asked["tools"]} if asked.get("tools") else {}
         messages = with_system(row, column(asked, "messages", inside="input."))
-        try:
+        with _fields_named(names):
             return chat_preference(messages, *sides, uid=uid, tokenizer=tokenizer, **options)
-        except BadRow as problem:
-            head, dot, rest = problem.field.partition(".")
-            raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
     return one_each(rows, preference)
+
+
+def arena(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Chatbot Arena of LMSYS: two conversations that begin with the same question, and the winner. Ties form no pair."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        sides, winner = {name: column(row, f"conversation_{name}") for name in ("a", "b")}, text(row, "winner")
+        if winner in ("tie", "tie (bothbad)", "both_bad"):
+            raise BadRow(Cause.TIE, f"no conversation is better: {winner}", field="winner")
+        if winner not in ("model_a", "model_b"):
+            detail = f"expected model_a, model_b, tie, tie (bothbad) or both_bad, got {winner[:40]!r}"
+            raise BadRow(Cause.OUT_OF_RANGE, detail, field="winner")
+        better, worse = ("a", "b") if winner == "model_a" else ("b", "a")
+        with _fields_named({"chosen": f"conversation_{better}", "rejected": f"conversation_{worse}"}):
+            return chat_preference(None, sides[better], sides[worse], uid=uid, tokenizer=tokenizer)
+
+    return one_each(rows, preference)
+
+
+@contextlib.contextmanager
+def _fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """A context in which a `BadRow` about prompt, chosen or rejected names the columns that hold them."""
+    try:
+        yield
+    except BadRow as problem:
+        head, dot, rest = problem.field.partition(".")
+        raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
 
 def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
