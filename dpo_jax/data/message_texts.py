@@ -27,19 +27,20 @@ def with_messages(row: Row) -> Row:
     found: dict[str, Any] = {}
     for name in _TURNS:
         value = row.get(name)
-        several = name == "completions" and isinstance(value, list)
-        texts = dict(enumerate(value)) if several else {0: value}
-        inside = {
-            place: messages
-            for place, text in texts.items()
-            if isinstance(text, str)
-            and text.lstrip()[:1] == "["
-            and not isinstance(text, CsvText)
-            and (messages := messages_in(text, f"{name}.{place}" if several else name)) is not None
-        }
-        if inside:
-            found[name] = [*(texts | inside).values()] if several else inside[0]
+        if name == "completions" and isinstance(value, list):
+            items = [_as_messages(item, f"{name}.{place}") for place, item in enumerate(value)]
+            changed = any(item is not before for item, before in zip(items, value, strict=True))
+            found |= {name: items} if changed else {}
+        elif (messages := _as_messages(value, name)) is not value:
+            found[name] = messages
     return {**row, **found} if found else row
+
+
+def _as_messages(value: Any, field: str) -> Any:
+    if not isinstance(value, str) or isinstance(value, CsvText) or value.lstrip()[:1] != "[":
+        return value
+    messages = messages_in(value, field)
+    return value if messages is None else messages
 
 
 def messages_in(text: str, field: str) -> list[Any] | None:

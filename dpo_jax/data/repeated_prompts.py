@@ -49,8 +49,9 @@ class RepeatedPrompts:
     def _repeats(self, row: Row) -> bool | None:
         """Whether all completions of a row begin with its prompt; None if they are not texts."""
         prompt, sides = row.get("prompt"), [row.get(name) for name in self._sides]
-        texts = [text for side in sides for text in (side if isinstance(side, list) else [side])]
-        if not texts or not isinstance(prompt, str) or not prompt.strip() or not all(isinstance(text, str) for text in texts):
+        values = [value for side in sides for value in (side if isinstance(side, list) else [side])]
+        texts = [value for value in values if isinstance(value, str)]
+        if not texts or len(texts) < len(values) or not isinstance(prompt, str) or not prompt.strip():
             return None
         return all(text.lstrip().startswith(prompt.strip()) for text in texts)
 
