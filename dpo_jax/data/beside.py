@@ -78,17 +78,22 @@ def notes_on(row: Row, format: str, mapped: ColumnMap) -> list[str]:
 
 def _parts_of_prompt(row: Row, format: str) -> list[str]:
     """Columns whose names or messages suggest a part of the prompt, and that hold more than what is read."""
-    if not is_filled(row.get("prompt")):
+    named, others = _candidates(tuple(row), format)
+    found = [name for name in named if is_filled(row[name])] + [name for name in others if is_messages(row[name])]
+    if not found or not is_filled(row.get("prompt")):
         return []
-    reads = FORMATS[format].reads
-    found = [
-        name
-        for name, value in row.items()
-        if is_filled(value) and (_belongs(name, format) or (is_messages(value) and name not in reads and not is_about(name)))
-    ]
-    said = "\n".join(_texts([row.get(name) for name in reads])) if found else ""
+    said = "\n".join(_texts([row[name] for name in FORMATS[format].reads if name in row]))
     prompt = "\n".join(_texts(row["prompt"])).strip()
     return [name for name in found if not all(text.strip() in said or prompt in text for text in _texts(row[name]))]
+
+
+@functools.lru_cache(maxsize=2**10)  # called for every row
+def _candidates(names: tuple[str, ...], format: str) -> tuple[list[str], list[str]]:
+    """The columns that are named like a part of the prompt, and others that may hold messages, among those not read."""
+    reads = FORMATS[format].reads
+    named = [name for name in names if _belongs(name, format)]
+    others = [name for name in names if "prompt" in reads and name not in (*reads, *named) and not is_about(name)]
+    return named, others
 
 
 def _belongs(name: str, format: str) -> bool:
@@ -112,10 +117,13 @@ def _texts(value: Any) -> Iterator[str]:
     """Every text inside a value, without the names of fields and of roles."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping) and {"role", "from"} & value.keys():
-        yield text_of(value)
-    elif isinstance(value, list | Mapping):
-        for item in value.values() if isinstance(value, Mapping) else value:
+    elif isinstance(value, dict):
+        if "role" in value or "from" in value:
+            yield text_of(value)
+        else:
+            yield from _texts([*value.values()])
+    elif isinstance(value, list):
+        for item in value:
             yield from _texts(item)
 
 

@@ -20,7 +20,7 @@ class RepeatedPrompts:
     def __init__(self, format: str, first: Sequence[Row]) -> None:
         reads = FORMATS[format].reads
         self._sides = [name for name in _SIDES if name in reads] if "prompt" in reads else []
-        found = [repeats for row in first if (repeats := self._repeats(row)) is not None]
+        found = [repeats for row in first if (repeats := self._repeats(row)) is not None and not self._is_only_prompt(row)]
         self._removed = 2 * sum(found) >= len(found) > 0
         self.rows = self.count = 0  # rows of texts, and those that repeat their prompt
 
@@ -54,6 +54,10 @@ class RepeatedPrompts:
         if not texts or len(texts) < len(values) or not isinstance(prompt, str) or not prompt.strip():
             return None
         return all(text.lstrip().startswith(prompt.strip()) for text in texts)
+
+    def _is_only_prompt(self, row: Row) -> bool:
+        """Whether nothing follows the prompt in any completion: such a row does not tell how the others are written."""
+        return all(str(row[name]).strip() == row["prompt"].strip() for name in self._sides)
 
 
 def _without(side: str | list[str], prompt: str) -> str | list[str]:

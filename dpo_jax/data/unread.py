@@ -183,11 +183,13 @@ def _rank(name: str) -> int | None:
     return min(ranks, default=None)
 
 
+@functools.lru_cache(maxsize=2**14)
 def is_about(name: str) -> bool:
     words = words_of(name)
     return bool(set(words) & (_ABOUT | OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
+@functools.lru_cache(maxsize=2**14)
 def is_system(name: str) -> bool:
     words = set(words_of(name))
     return bool(words & {"system", "sys"}) and not words & _ABOUT
@@ -209,7 +211,7 @@ def _may_be_prompt(name: str, value: Any) -> bool:
 
 def is_messages(value: Any) -> bool:
     """Whether a value is a list that begins with a message."""
-    return bool({"role", "from"} & _first(value).keys())
+    return isinstance(value, list) and bool({"role", "from"} & _first(value).keys())
 
 
 def _implicit(row: Row) -> bool:
