@@ -205,9 +205,10 @@ def parse_object(content: bytes | str, where: str | os.PathLike[str], *, remedy:
         return found
 
 
-def parse_json(content: bytes | str) -> Any:
+def parse_json(content: bytes | str, *, nan: bool = False) -> Any:
     """The value of a JSON text (RFC 8259). Errors: NaN, infinity, duplicate keys, too large numbers, too deep nesting.
 
+    With `nan`, NaN and infinity are numbers, as Python's `json` and pandas write them.
     A byte order mark at the start, as editors on Windows write it, is ignored.
     Raises ValueError (including UnicodeDecodeError) or RecursionError; call it inside `reading`.
     """
@@ -216,7 +217,8 @@ def parse_json(content: bytes | str) -> Any:
     if text.count("[") + text.count("{") > LIMITS.depth and (deep := depth_of(text, LIMITS.depth)) > LIMITS.depth:
         raise TooDeep(f"at least {deep} levels deep; {LIMITS.remedy('depth')}")
     with without_garbage() if len(text) > _CHUNK else contextlib.nullcontext():
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_constant, parse_int=_integer, parse_float=_float)
+        constant = float if nan else _constant
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=constant, parse_int=_integer, parse_float=_float)
 
 
 @contextlib.contextmanager

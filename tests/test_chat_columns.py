@@ -115,6 +115,27 @@ def test_roles_of_sharegpt(chatml, tmp_path):
         load(tmp_path, [row("narrator")], chatml)
 
 
+@pytest.mark.parametrize("names", [("human", "ai"), ("User", "Assistant"), ("HUMAN", "gpt"), ("user", "model")], ids=" ".join)
+def test_other_names_of_roles(names, chatml, tmp_path):
+    def row(asks, answers):
+        system = {"role": "System", "content": "S"} if asks == "User" else {"role": "system", "content": "S"}
+        turns = [system, {"role": asks, "content": "Hi"}, {"role": answers, "content": "Ho"}, {"role": asks, "content": "Ha"}]
+        return {"prompt": turns, **{side: [{"role": answers, "content": side}] for side in ("chosen", "rejected")}}
+
+    [read], [plain] = (load(tmp_path, [row(*both)], chatml) for both in (names, ("user", "assistant")))
+    assert read == plain
+    text = {"prompt": "Hi", **{side: [{"role": names[1], "content": side}] for side in ("chosen", "rejected")}}
+    assert "user\nHi" in load(tmp_path, [text], chatml)[0].prompt  # a prompt that was lost before answers of such a role
+
+
+def test_an_unknown_role_is_refused_unless_the_template_names_it(chatml, tmp_path):
+    row = {"prompt": [user("Hi"), {"role": "narrator", "content": "N"}], "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match=r"prompt.1.role: wrong_type: unknown role 'narrator' \(known: human, "):
+        load(tmp_path, [row], chatml)
+    names = "{% for m in messages %}{% if m.role == 'narrator' %}TOLD {% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    assert "TOLD N" in load(tmp_path, [row], chat_tokenizer(names))[0].prompt
+
+
 def test_a_conversation_beyond_the_limits_of_a_template_is_named(tmp_path, monkeypatch):
     slow = chat_tokenizer(
         "{% for m in messages %}{{ m.content }}"

@@ -326,9 +326,11 @@ def test_a_prompt_that_its_completions_repeat_is_read_once(tmp_path, tokenizer):
     loaded = load(write(tmp_path / "train.jsonl", *whole))
     assert [(p.prompt, p.chosen, p.rejected) for p in loaded] == [tuple(row.values()) for row in rows]
     assert "the prompt is removed from the completions of all 3 rows, which repeat it" in loaded.report.notes
-    some = load(write(tmp_path / "train.jsonl", *whole[:2], rows[2]))
+    some = load(write(tmp_path / "train.jsonl", whole[0], *rows[1:]))
     assert some[0].chosen == whole[0]["chosen"]
-    assert "2 of 3 rows repeat their prompt in both completions; they are left unchanged" in some.report.notes
+    assert "1 of 3 rows repeat their prompt in the completions; they are left unchanged" in some.report.notes
+    with pytest.raises(DataError, match="train.jsonl:3: chosen, rejected: different_prompts: most rows repeat their prompt"):
+        load(write(tmp_path / "train.jsonl", *whole[:2], rows[2]))
     only = write(tmp_path / "train.jsonl", whole[0], {**whole[1], "chosen": whole[1]["prompt"]})
     assert load(only, on_bad="drop").report.dropped == {"empty": 1}
     chat = write(tmp_path / "train.jsonl", {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]})

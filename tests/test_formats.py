@@ -145,6 +145,28 @@ def test_trl_chat_with_explicit_and_implicit_prompt(tmp_path, tokenizer):
         load(tmp_path / "train.jsonl")
 
 
+def test_arena(tmp_path, tokenizer):
+    row = FORMATS["arena"].example
+    winners = ("model_a", "model_b", "tie", "tie (bothbad)", "both_bad", "model_c")
+    path = write(tmp_path / "train.jsonl", *[{**row, "winner": winner} for winner in winners])
+    loaded = load(path, on_bad="drop", tokenizer=tokenizer)
+    assert [(pair.chosen, pair.rejected) for pair in loaded] == [("4", "5"), ("5", "4")]
+    assert loaded[0].prompt.endswith("2 + 2?<|endoftext|>\n<|im_start|>assistant\n")
+    assert loaded.report.dropped == {"tie": 3, "out_of_range": 1}
+    assert "expected model_a, model_b, tie" in loaded.report.examples["out_of_range"][0]
+    parts = [
+        [{**turn, "content": [{"type": "text", "text": turn["content"], "image": None}]} for turn in row[side]]
+        for side in ("conversation_a", "conversation_b")
+    ]
+    longer = [*parts[1], {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "No."}]
+    changed = {**row, "conversation_a": parts[0], "conversation_b": longer, "winner": "model_b"}
+    [pair] = load(write(path, changed), tokenizer=tokenizer)
+    assert [pair.chosen[begin:end] for begin, end in pair.chosen_spans] == ["5<|endoftext|>", "No."]
+    other = [{"role": "user", "content": "3 + 3?"}, *row["conversation_b"][1:]]
+    with pytest.raises(DataError, match="conversation_a: different_prompts: a completion begins with a turn of the assistant"):
+        load(write(path, {**row, "conversation_b": other}), tokenizer=tokenizer)
+
+
 def test_helpsteer3(tmp_path, tokenizer):
     row = FORMATS["helpsteer3"].example
     scores = (-3, 1, 0, 4)

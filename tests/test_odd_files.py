@@ -29,8 +29,10 @@ ARRAY = json.dumps([ROWS["trl"]] * 2, indent=1).encode()
         ("train.json.gz", gzip.compress(json.dumps(ROWS["trl"], indent=1).encode()), "bad_layout: a JSON object over several"),
         ("train.json.gz", gzip.compress(ARRAY)[:12], "bad_gzip"),
         ("train.jsonl", lines(ROWS["trl"]).decode().encode("utf-16"), "invalid_utf8: UTF-16; save it as UTF-8"),
+        ("train.json", json.dumps({"data": [ROWS["trl"]]}).encode(), "bad_layout: one object holds all rows; write one object"),
+        ("train.json", json.dumps({name: [text] for name, text in ROWS["trl"].items()}).encode(), "one object holds all rows"),
     ],
-    ids=["object over lines", "cut gzip", "UTF-16"],
+    ids=["object over lines", "cut gzip", "UTF-16", "rows in an object", "columns"],
 )
 def test_a_file_of_another_layout_says_which(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
@@ -38,7 +40,34 @@ def test_a_file_of_another_layout_says_which(name, content, words, tmp_path):
         load_preferences(tmp_path, "train", on_bad="drop")
 
 
-@pytest.mark.parametrize("name", ["train.json", "train.json.gz"])
+def test_a_line_of_windows_1252_says_how_to_save_the_file(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]).replace(b"}", ', "note": "café"}'.encode("cp1252")))
+    with pytest.raises(DataError, match="train.jsonl:1: invalid_utf8: byte 0xe9 at byte .*; save the file as UTF-8"):
+        load_preferences(tmp_path, "train")
+
+
+@pytest.mark.parametrize("name", ["train.ndjson", "train.jsonlines.gz"])
+def test_other_suffixes_of_json_lines(name, tmp_path):
+    content = lines(ROWS["trl"], ROWS["trl"])
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    assert len(load_preferences(tmp_path, "train")) == len(load_preferences(tmp_path / name, "train")) == 2
+
+
+def test_a_file_of_another_compression_says_how_to_unpack_it(tmp_path):
+    path = tmp_path / "train.jsonl.zst"
+    path.write_bytes(b"(\xb5/\xfd")
+    for source in (path, tmp_path):
+        with pytest.raises(DataError, match=r"; unpack it: zstd -d train\.jsonl\.zst$"):
+            load_preferences(source, "train")
+
+
+def test_one_row_of_lists_in_a_json_file_is_a_row(tmp_path):
+    (tmp_path / "train.json").write_bytes(lines({"messages": [{"role": "user", "content": "Hi"}]}))
+    (where, row), *_ = read_rows("train.json", tmp_path / "train.json", report=DataReport())
+    assert (where, [*row]) == ("train.json:1", ["messages"])
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.json.gz", "train.jsonl"])
 def test_a_json_array_is_read_as_its_elements(name, tmp_path):
     """As `datasets` reads it. What is wrong with an element is said as of a line."""
     rows = [ROWS["trl"], {**ROWS["trl"], "chosen": float("nan")}, 7, {**ROWS["trl"], "prompt": "Another ] , [ one."}]
@@ -82,6 +111,16 @@ def test_decimals_are_numbers(tmp_path):
     row = {name: pa.array([value]) for name, value in ROWS["shp"].items()}
     pq.write_table(pa.table(row | {"score_A": row["score_A"].cast(pa.decimal128(21, 2))}), tmp_path / "train.parquet")
     assert [pair.chosen for pair in load_preferences(tmp_path, "train")] == [" a"]
+
+
+@pytest.mark.parametrize("literal", ["NaN", "-Infinity"])
+def test_what_is_no_number_is_refused_only_where_it_is_read(literal, tmp_path):
+    """Python's `json` writes these for missing values, for example of a score that no format reads."""
+    line = json.dumps(ROWS["shp"] | {"score": [float("nan")]}).replace("NaN", literal)
+    (tmp_path / "train.jsonl").write_text(line + "\n" + line.replace('"score_A": 40', f'"score_A": {literal}') + "\n")
+    loaded = load_preferences(tmp_path, "train", on_bad="drop")
+    assert (loaded[0].uid, loaded.report.dropped) == ("train.jsonl:1", {"nan": 1})
+    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: score_A: nan: ")
 
 
 def test_a_row_that_unpacks_to_more_than_a_line_may_hold_is_one_bad_row(tmp_path, monkeypatch):
@@ -171,10 +210,10 @@ def test_the_pairs_of_a_question_share_its_text(tmp_path):
 
 
 def test_no_place_is_looked_for_in_a_long_line(tmp_path):
-    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]) + b'{"a": [' + b"[]," * 400_000 + b"NaN]}\n")
+    (tmp_path / "train.jsonl").write_bytes(lines(ROWS["trl"]) + b'{"a": [' + b"[]," * 400_000 + b"1e999]}\n")
     loaded = read(tmp_path, "trl")
     assert loaded.report.dropped == {"nan": 1}
-    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: nan: NaN")
+    assert loaded.report.examples["nan"][0].startswith("train.jsonl:2: nan: 1e999")
 
 
 def test_more_rows_than_memory_holds_end_in_a_message(tmp_path, monkeypatch):

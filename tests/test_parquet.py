@@ -58,7 +58,8 @@ def test_a_column_that_cannot_be_decoded_is_named(tmp_path):
 def test_a_file_that_fits_another_format_says_so(tmp_path):
     """The first rows decide the format of all files. A column that a file's own format does not read counts as missing."""
     (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.parquet").write_bytes(parquet({**ROWS["trl"], "history": "q"}))
+    unread = {name: ROWS["shp"][name] for name in ("history", "human_ref_A", "human_ref_B", "score_A")}
+    (tmp_path / "train" / "a.parquet").write_bytes(parquet({**ROWS["trl"], **unread}))
     (tmp_path / "train" / "b.parquet").write_bytes(parquet(*[ROWS["shp"]] * 3))
     loaded = load_preferences(tmp_path, "train", on_bad="drop")
     assert (loaded.report.format, len(loaded), loaded.report.dropped) == ("shp", 3, {"missing_column": 1})

@@ -154,7 +154,8 @@ def test_messages_in_rankings_and_single_completions(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (GOOD | {"label": "yes"}, "label: wrong_type: expected a number, got str"),
+        (GOOD | {"label": "True"}, "label: wrong_type: expected true or false, got the text 'True'"),
+        (GOOD | {"label": -1}, "label: out_of_range: expected true, false, 1 or 0, got -1; write 0 for false"),
         (GOOD | {"label": 0.5}, "label: out_of_range: expected true, false, 1 or 0, got 0.5"),
         (GOOD | {"completion": " "}, "completion: empty"),
         (GOOD | {"prompt": ""}, "prompt: no_prompt"),

@@ -45,11 +45,11 @@ class ColumnMap:
         return ",".join(f"{key}={'+'.join(names)}" for key, names in self.columns.items())
 
     def check(self, format: str) -> None:
-        """Raises `ValueError` for a name that `format` (auto: any format) does not read."""
+        """Raises `ValueError` for a name that `format` (auto: any format) does not read. Every format takes `system=`."""
         formats = [FORMATS[format]] if format in FORMATS else list(FORMATS.values())
         known = list(dict.fromkeys(name.partition(".")[0] for one in formats for name in one.reads))
-        for key in self.columns:
-            if key not in known:
+        for key, names in self.columns.items():
+            if key not in known and (names or key != "system"):
                 whose = f"format {format} reads ({', '.join(known)})" if format in FORMATS else "any format reads"
                 close = difflib.get_close_matches(key, known, n=1)
                 raise ValueError(f"{key!r} is not a column that {whose}; " + (f"did you mean {close[0]!r}?" if close else HOW))

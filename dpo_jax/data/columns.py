@@ -6,13 +6,15 @@ import enum
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from dpo_jax.data.pairs import BadRow, Cause
 
 Row = Mapping[str, Any]
-Columns = Callable[[Sequence[str], Collection[str]], Collection[str]]
-"""(names of all columns, names of text columns) -> names of the columns to read. "info.title" is a field inside a column."""
+ColumnType = Literal["text", "number", "numbers", "other"]
+"""The type of a parquet column, as far as it matters here. Truth values count as numbers; "numbers" are lists of them."""
+Columns = Callable[[Sequence[str], Mapping[str, ColumnType]], Collection[str]]
+"""(names of all columns, their types) -> names of the columns to read. "info.title" is a field inside a column."""
 
 _LISTED = 20  # names in a message
 
@@ -68,6 +70,8 @@ def truth(row: Row, field: str) -> bool:
     value = column(row, field)
     if isinstance(value, CsvText):
         value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    elif isinstance(value, str):
+        raise BadRow(Cause.WRONG_TYPE, f"expected true or false, got the text {value[:40]!r}", field=field)
     try:
         found = value if isinstance(value, bool) else number(row, field)
     except BadRow as problem:
@@ -75,7 +79,8 @@ def truth(row: Row, field: str) -> bool:
             raise
         raise BadRow(problem.cause, f"expected true, false, 1 or 0, got {value[:40]!r}", field=field) from None
     if found not in (0, 1):
-        raise BadRow(Cause.OUT_OF_RANGE, f"expected true, false, 1 or 0, got {found:g}", field=field)
+        zero = "; write 0 for false" if found == -1 else ""
+        raise BadRow(Cause.OUT_OF_RANGE, f"expected true, false, 1 or 0, got {found:g}{zero}", field=field)
     return bool(found)
 
 

@@ -3,15 +3,15 @@ roles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
+from dpo_jax.data.roles import KNOWN, role_of, unknown_role, with_roles
 
-_ASSISTANTS = ("gpt", "chatgpt", "bard", "bing", "claude", "model", "bot")
-_ROLES = {"human": "user", "observation": "tool", **dict.fromkeys(_ASSISTANTS, "assistant")}  # of ShareGPT
-_KNOWN = ("system", "developer", "user", "assistant", "tool")
+IMPLICIT = "if chosen and rejected begin with it: --data.columns prompt="
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
@@ -28,6 +28,8 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
         if not isinstance(prompt, list):
             prompt = text(row, "prompt")
     if all(isinstance(side, list) for side in sides):
+        if prompt == []:
+            raise BadRow(Cause.EMPTY, f"no messages; {IMPLICIT}", field="prompt")
         if isinstance(prompt, list):
             _check_once(prompt, dict(zip(("chosen", "rejected"), sides, strict=True)))
         elif isinstance(prompt, str) and prompt.strip() and all(_first_role(side) == "assistant" for side in sides):
@@ -38,6 +40,22 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
             else:
                 sides = [_after_system(row["system"], side) for side in sides]
     return prompt, sides[0], sides[1]
+
+
+def is_copy(prompt: str, sides: Sequence[Any]) -> bool:
+    """Whether a text prompt repeats the turns that both lists of messages begin with: a part of them, or all but answers."""
+    same = itertools.takewhile(lambda turns: turns[0] == turns[1], zip(*sides, strict=False))
+    shared = [turn for turn, _ in same if isinstance(turn, Mapping)]
+    words = " ".join(prompt.split())
+    asked = [" ".join(text_of(turn).split()) for turn in shared if turn.get("role") != "assistant"]
+    return words in " ".join(" ".join(text_of(turn).split()) for turn in shared) or all(text in words for text in asked)
+
+
+def text_of(message: Mapping[str, Any]) -> str:
+    """The text of a message, also of its content parts."""
+    content = message.get("content", message.get("value"))
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
 
 
 def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -58,30 +76,35 @@ def same_kind(row: Row, completions: Mapping[str, Any]) -> tuple[Any, dict[str, 
 
 def whole_conversation(row: Row) -> Any:
     """A row's column `messages` as a list of messages, after the text of `system`, if the row has one."""
-    turns, system = _messages(column(row, "messages")), row.get("system")
-    if isinstance(turns, list) and system is not None and text(row, "system").strip():
-        return _after_system(system, turns)
-    return turns
+    return with_system(row, _messages(column(row, "messages")))
+
+
+def with_system(row: Row, turns: Any) -> Any:
+    """A list of messages after the text of a row's column `system`; unchanged if it is blank, and anything but a list as it is.
+
+    Raises `BadRow` if they begin with another system message.
+    """
+    system = text(row, "system") if row.get("system") is not None else ""
+    return _after_system(system, turns) if system.strip() and isinstance(turns, list) else turns
 
 
 def _messages(value: Any) -> Any:
     """The value as messages `{"role", "content"}` if it is a list of these or of ShareGPT's `{"from", "value"}`."""
     if isinstance(value, Mapping) and value.keys() & {"role", "from"}:
         value = [value]
-    if not isinstance(value, list) or not all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
+    if not isinstance(value, list):
         return value
-    return [_turn(_role(one["from"]), one["value"]) for one in value]
+    if all(isinstance(one, Mapping) and one.keys() >= {"from", "value"} for one in value):
+        return [_turn(_role(one["from"]), one["value"]) for one in value]
+    return with_roles(value)
 
 
 def _role(name: Any) -> str | None:
     """The template's name of a ShareGPT role. Raises `BadRow` for an unknown one, which a template would write as it is."""
     if not isinstance(name, str):
         return None
-    role = _ROLES.get(name, name)
-    if role not in _KNOWN:
-        of_tools = "; write a call as `tool_calls` of a message of the assistant" if "call" in name else ""
-        known = ", ".join((*_ROLES, *_KNOWN))
-        raise BadRow(Cause.WRONG_TYPE, f"unknown role {name[:60]!r}{of_tools} (known: {known})", field="from")
+    if (role := role_of(name)) not in KNOWN:
+        raise unknown_role(name, field="from")
     return role
 
 
@@ -97,6 +120,9 @@ def _check_once(prompt: list[Any], sides: Mapping[str, list[Any]]) -> None:
     for name, side in sides.items():
         if prompt and side[: len(prompt)] == prompt:
             detail = "it begins with the whole prompt; read the prompt from these messages: --data.columns prompt="
+            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
+        if _first_role(side) != "assistant" and any(side[:count] == prompt[-count:] for count in range(1, len(prompt))):
+            detail = "it begins with the last turns of the prompt; leave them out of it, or write the whole conversation in it"
             raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
 
 

@@ -9,22 +9,18 @@ from __future__ import annotations
 import csv
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from dpo_jax.data.columns import CsvText
+from dpo_jax.data.message_texts import messages_in
 from dpo_jax.data.pairs import BadRow, Cause, DataReport, refuse
-from dpo_jax.untrusted import LIMITS, LongLine, TooDeep, parse_json
+from dpo_jax.untrusted import LIMITS, LongLine
 
 Row = dict[str, Any]
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}  # spreadsheets in many countries write semicolons
-_LONGEST = 32767  # characters of a cell in Excel
 _STATED = re.compile(r'"?sep=([,;\t|])"?[\r\n]*')  # a first line for Excel
-_ROLES = r"(?:system|user|assistant|tool|human|gpt)"
-_PYTHON = re.compile(rf"\s*+(?:\[\s*+\{{\s*+'(?:role|content)'\s*+:|\[?+\s*+\{{\s*+'(?:role|from)'\s*+:\s*+'{_ROLES}')")
-_JSON = re.compile(r'\s*+\[?+\s*+\{\s*+"')
-_MESSAGES = re.compile(rf'\s*+\[\s*+\{{\s*+"(?:role|from)"\s*+:\s*+"{_ROLES}"')
 
 
 def csv_rows(name: str, lines: Iterator[bytes | LongLine], *, report: DataReport) -> Iterator[tuple[str, Row | BadRow]]:
@@ -152,10 +148,10 @@ def _row(header: list[str], cells: list[str]) -> Row | BadRow:
     for column, cell in zip(header, cells, strict=True):
         if (damage := _damage(cell, column)) is not None:
             return damage
-        value = _value(cell, column)
-        if isinstance(value, BadRow):
-            return value
-        row[column] = value
+        try:
+            row[column] = CsvText(cell) if (messages := messages_in(cell, column)) is None else messages
+        except BadRow as problem:
+            return problem
     return row
 
 
@@ -167,32 +163,6 @@ def _damage(cell: str, field: str) -> BadRow | None:
         return None
     detail = f"byte {ord(foreign) - 0xDC00:#04x} is not UTF-8; save the file as UTF-8 (in Excel: 'CSV UTF-8')"
     return BadRow(Cause.INVALID_UTF8, detail, field=field)
-
-
-def _value(cell: str, column: str) -> Any:
-    """A cell as text; as a list where it holds messages in JSON, or one message.
-
-    A `BadRow` where it holds messages in Python's notation, or messages that are not valid JSON, such as cut ones.
-    """
-    if _PYTHON.match(cell):
-        detail = "messages in Python's notation, which cannot be read reliably; save the data as JSON Lines (.jsonl) or parquet"
-        return BadRow(Cause.WRONG_TYPE, detail, field=column)
-    if not _JSON.match(cell):
-        return CsvText(cell)
-    try:
-        found = parse_json(cell.encode())
-    except (ValueError, TooDeep, RecursionError) as error:
-        if not _MESSAGES.match(cell):
-            return CsvText(cell)
-        cut = f"; a spreadsheet cuts cells at {_LONGEST:,} characters" if len(cell) == _LONGEST else ""
-        return BadRow(Cause.INVALID_JSON, f"messages must be valid JSON: {error}{cut}", field=column)
-    if isinstance(found, Mapping):
-        return [found] if found.keys() >= {"role", "content"} else CsvText(cell)
-    return found if all(isinstance(item, Mapping) and _is_message(item) for item in found) else CsvText(cell)
-
-
-def _is_message(item: Mapping[str, Any]) -> bool:
-    return "role" in item or item.keys() >= {"from", "value"}
 
 
 def _refuse_quotes(name: str, line: int, error: csv.Error) -> NoReturn:

@@ -24,7 +24,9 @@ from dpo_jax.data.pairs import BadRow, Cause, DataReport, Place, refuse
 from dpo_jax.untrusted import LIMITS, BadNumber, DuplicateKey, LongLine, TooDeep, kind_of, lines_of, parse_json
 from dpo_jax.writing import naming
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", *csv_rows.SUFFIXES)
+_LINES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".jsonlines", ".jsonlines.gz")
+_JSON = (".json", ".json.gz")
+SUFFIXES = (*_LINES, *_JSON, ".parquet", *csv_rows.SUFFIXES)
 Row = dict[str, Any]
 
 _LFS = b"version https://git-lfs.github.com/spec/"
@@ -32,6 +34,7 @@ _GZIP = b"\x1f\x8b"
 _PARQUET = b"PAR1"
 _BAD_GZIP = "the gzip stream is damaged or cut off here"
 BOM = b"\xef\xbb\xbf"
+_ROWS = "write one object per line (JSON Lines), or an array of objects"
 _HUNTED = 2**20  # bytes; the place of a bad number is looked for in shorter lines only
 
 
@@ -83,15 +86,16 @@ def check_head(name: str, path: Path) -> None:
     if name.endswith(".json.gz"):
         head = _beginning(name, path, len(_LFS))
     head = head.removeprefix(BOM).lstrip()
-    if name.endswith((".json", ".json.gz")) and re.match(rb"\{[ \t\r]*\n", head):
-        refuse(Cause.BAD_LAYOUT, name, "a JSON object over several lines; write one object per line (JSON Lines), or an array")
+    if name.endswith(_JSON) and re.match(rb"\{[ \t\r]*\n", head):
+        refuse(Cause.BAD_LAYOUT, name, f"a JSON object over several lines; {_ROWS}")
 
 
 def is_array(name: str, path: Path) -> bool:
-    """Whether a .json file is one JSON array."""
-    if not name.endswith((".json", ".json.gz")):
+    """Whether a file is one JSON array. In a .jsonl file it must begin with an object, as no row begins with a bracket."""
+    if not name.endswith((*_LINES, *_JSON)):
         return False
-    return _beginning(name, path, 1024).removeprefix(BOM).lstrip().startswith(b"[")
+    head = _beginning(name, path, 1024).removeprefix(BOM).lstrip()
+    return head.startswith(b"[") and (name.endswith(_JSON) or head[1:].lstrip()[:1] == b"{")
 
 
 def _beginning(name: str, path: Path, most: int) -> bytes:
@@ -138,11 +142,21 @@ def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[s
         if isinstance(line, LongLine):
             yield f"{name}:{number}", BadRow(Cause.LINE_TOO_LONG, str(line))
         elif line.strip():
-            yield f"{name}:{number}", _parse(line)
+            row = _parse(line)
+            if number == 1 and name.endswith(_JSON) and isinstance(row, dict) and _is_table(row):
+                refuse(Cause.BAD_LAYOUT, name, f"one object holds all rows; {_ROWS} (pandas: to_json(PATH, orient='records'))")
+            yield f"{name}:{number}", row
         else:
             blank += 1
     if blank:
         report.notes.append(f"{name}: {blank} blank lines skipped")
+
+
+def _is_table(row: Row) -> bool:
+    """Whether an object holds a list of rows, or a list for each column, as `to_dict("list")` of pandas gives it."""
+    firsts = [value[0] if isinstance(value, list) and value else None for value in row.values()]
+    messages = any(isinstance(first, dict) and {"role", "from"} & first.keys() for first in firsts)
+    return bool(firsts) and None not in firsts and not messages
 
 
 def _without_bom(name: str, lines: Iterator[bytes | LongLine], *, report: DataReport) -> Iterator[bytes | LongLine]:
@@ -168,9 +182,10 @@ def _parse(line: bytes) -> Row | BadRow:
     if (nul := line.find(b"\0")) >= 0:
         return BadRow(Cause.NUL, f"NUL at byte {nul} of the line")
     try:
-        row = parse_json(line)
+        row = parse_json(line, nan=True)  # refused only in a column that is read: `columns.number`, `columns.text`
     except UnicodeDecodeError as error:
-        return BadRow(Cause.INVALID_UTF8, f"byte {line[error.start]:#04x} at byte {error.start} of the line: {error.reason}")
+        place = f"byte {line[error.start]:#04x} at byte {error.start} of the line"
+        return BadRow(Cause.INVALID_UTF8, f"{place}: {error.reason}; save the file as UTF-8")
     except DuplicateKey as error:
         return BadRow(Cause.DUPLICATE_KEY, "the key occurs twice", field=error.key)
     except BadNumber as error:

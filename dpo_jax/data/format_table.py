@@ -29,7 +29,7 @@ class Format(NamedTuple):
     reads      the columns that its function reads; "info.title" is a field inside a column
     told_by    columns by which the format is detected (none: only data.format selects it) ...
     lacks      ... provided that the row has none of these ...
-    begins     ... and that the texts in these begin so, leading white space ignored
+    begins     ... and that these hold texts that begin so, leading white space ignored
     rows       the kind of example in a row
     """
 
@@ -119,6 +119,7 @@ _FORMATS = (
         "HelpSteer3 of NVIDIA; rendered with the tokenizer's chat template",
         {
             "context": Column("messages, the last by the user"),
+            "system": _SYSTEM,
             "response1": Column("an answer"),
             "response2": Column("another"),
             "overall_preference": Column("-3 (the first is much better) to 3 (the second is); 0 gives no pair"),
@@ -133,12 +134,13 @@ _FORMATS = (
     Format(
         "rewardbench",
         "RewardBench; rendered with the tokenizer's chat template",
-        {"prompt": Column("the question"), "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
+        {"prompt": Column("the question"), "system": _SYSTEM, "chosen": _BETTER, "rejected": _WORSE, "subset": _SUBSET},
         ("prompt", "chosen", "rejected", "chosen_model", "rejected_model", "subset"),
         {
             **{"prompt": "2 + 2?", "chosen": "4", "rejected": "5"},
             **{"chosen_model": "a", "rejected_model": "b", "subset": "math-prm"},
         },
+        begins={"prompt": "", "chosen": "", "rejected": ""},  # with messages it is the format trl
     ),
     Format(
         "openai",
@@ -146,6 +148,7 @@ _FORMATS = (
         {
             "input.messages": Column("messages, the last by the user"),
             "input.tools": Column("tools that the assistant may call", needed=False),
+            "system": _SYSTEM,
             "preferred_output": Column("the better completion: messages of the assistant"),
             "non_preferred_output": Column("the worse one"),
             "subset": _SUBSET,
@@ -162,6 +165,7 @@ _FORMATS = (
         "PKU-SafeRLHF; rendered with the tokenizer's chat template",
         {
             "prompt": Column("the question"),
+            "system": _SYSTEM,
             "response_0": Column("an answer"),
             "response_1": Column("another"),
             "better_response_id": Column("number of the better one: 0 or 1"),
@@ -169,6 +173,22 @@ _FORMATS = (
         },
         ("prompt", "response_0", "response_1", "better_response_id"),
         {"prompt": "2 + 2?", "response_0": "4", "response_1": "5", "better_response_id": 0, "safer_response_id": 1},
+    ),
+    Format(
+        "arena",
+        "Chatbot Arena of LMSYS; rendered with the tokenizer's chat template",
+        {
+            "conversation_a": Column("messages, which begin with the same question"),
+            "conversation_b": Column("others"),
+            "winner": Column("`model_a` or `model_b`; `tie`, `tie (bothbad)` and `both_bad` give no pair"),
+            "subset": _SUBSET,
+        },
+        ("conversation_a", "conversation_b", "winner"),
+        {
+            "conversation_a": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}],
+            "conversation_b": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "5"}],
+            "winner": "model_a",
+        },
     ),
     Format(
         "hh",
@@ -182,7 +202,7 @@ _FORMATS = (
     Format(
         "hh_chat",
         "Anthropic HH as chats, rendered with the tokenizer's chat template; never detected, so set `data.format: hh_chat`",
-        {"chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
+        {"system": _SYSTEM, "chosen": Column("the better transcript"), "rejected": Column("the worse one"), "subset": _SUBSET},
         (),
         {side: f"\n\nHuman: Hello\n\nAssistant:{text}" for side, text in (("chosen", " Hi!"), ("rejected", " What?"))},
     ),
@@ -232,7 +252,10 @@ _FORMATS = (
         {
             "prompt": _PROMPT,
             "system": _SYSTEM,
-            "completions": Column("two or more completions, texts or messages; best first unless ranks or scores are given"),
+            "completions": Column(
+                "two or more completions: texts, messages, or objects with text and rank or score; "
+                "best first unless ranks or scores are given"
+            ),
             "ranks": Column("their ranks, 1 is the best", needed=False),
             "scores": Column("their scores, more is better", needed=False),
             **_CHAT_OPTIONS,

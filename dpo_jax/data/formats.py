@@ -7,13 +7,14 @@ usable preference. SHP and StackExchange follow the original implementation (eri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
 from itertools import combinations
 from typing import Any, NamedTuple
 
 from dpo_jax.data.candidates import (
     Candidates,
-    Rankings,
     Rows,
     chat_options,
     checked,
@@ -24,7 +25,7 @@ from dpo_jax.data.candidates import (
 )
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, column, number, text, truth
-from dpo_jax.data.conversations import conversation
+from dpo_jax.data.conversations import IMPLICIT, conversation, is_copy, with_system
 from dpo_jax.data.demonstrations import sft_completion as sft_completion
 from dpo_jax.data.demonstrations import sft_messages as sft_messages
 from dpo_jax.data.demonstrations import sft_text as sft_text
@@ -40,7 +41,8 @@ from dpo_jax.data.pairs import (
     check_length,
 )
 from dpo_jax.data.prompt_rows import prompts as prompts
-from dpo_jax.data.row_kinds import Ranking
+from dpo_jax.data.rankings import MAX_ANSWERS
+from dpo_jax.data.rankings import ranked as ranked
 from dpo_jax.data.transcripts import as_transcript
 from dpo_jax.data.transcripts import hh as hh
 from dpo_jax.data.transcripts import hh_chat as hh_chat
@@ -48,7 +50,7 @@ from dpo_jax.untrusted import TooDeep
 
 SHP_MIN_RATIO = 2.0
 MAX_MARKUP = 4 * MAX_CHARACTERS
-MAX_ANSWERS = 1000  # per question: they form half a million pairs
+_UNUSED = "the text in the column prompt is not in the messages and is not used"
 
 
 def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -68,12 +70,16 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
                 raise BadRow(Cause.WRONG_TYPE, "a turn of a conversation always ends; only texts may be cut", field="unended")
             turns = prompt if isinstance(prompt, list) else None
             found = chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer, **more)
+            if isinstance(prompt, str) and not is_copy(prompt, sides):
+                found = dataclasses.replace(found, notes=(*found.notes, _UNUSED))
             return with_images(found, images, tokenizer) if images else found
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
         for field in ("chosen", "rejected"):
             check_length(row[field], field=field)
         unread = unread_options(row)
         if "prompt" in row:
+            if not text(row, "prompt").strip():
+                raise BadRow(Cause.NO_PROMPT, f"the prompt is blank; {IMPLICIT}", field="prompt")
             found = Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread, unended=unended_sides(row))
             return checked(found)
         cut = common_prompt(chosen, rejected)
@@ -115,8 +121,8 @@ def rewardbench(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """
 
     def preference(uid: str, row: Row) -> Preference:
-        question, answers = text(row, "prompt"), [text(row, side) for side in ("chosen", "rejected")]
-        return _answered(question, *answers, uid=uid, tokenizer=tokenizer)
+        answers = [text(row, side) for side in ("chosen", "rejected")]
+        return _answered(row, *answers, uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
 
@@ -125,8 +131,7 @@ def chat_texts(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """A prompt and two answers as texts that are turns of a chat, rendered with the tokenizer's chat template."""
 
     def preference(uid: str, row: Row) -> Preference:
-        turns = [{"role": "system", "content": text(row, "system")}] if row.get("system") else []
-        turns.append({"role": "user", "content": text(row, "prompt")})
+        turns = with_system(row, [{"role": "user", "content": text(row, "prompt")}])
         sides = ([{"role": "assistant", "content": text(row, side)}] for side in ("chosen", "rejected"))
         return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer)
 
@@ -137,21 +142,26 @@ def pku(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """PKU-SafeRLHF: a question and two answers; `better_response_id` is the more helpful one. Rendered like RewardBench."""
 
     def preference(uid: str, row: Row) -> Preference:
-        question, answers = text(row, "prompt"), [text(row, side) for side in ("response_0", "response_1")]
+        answers = [text(row, side) for side in ("response_0", "response_1")]
         better = number(row, "better_response_id")
         if better not in (0, 1):
             raise BadRow(Cause.OUT_OF_RANGE, f"expected 0 or 1, got {better:g}", field="better_response_id")
-        return _answered(question, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
+        return _answered(row, *(answers if better == 0 else answers[::-1]), uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
 
 
-def _answered(question: str, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
-    """A question and two answers as chat turns; in the form of Anthropic HH if the tokenizer has no chat template."""
-    if getattr(tokenizer, "chat_template", None) is None:
+def _answered(row: Row, chosen: str, rejected: str, *, uid: str, tokenizer: Any) -> Preference:
+    """A question and two answers as chat turns; in the form of Anthropic HH if the tokenizer has no chat template.
+
+    That form has no place for a system text: such a row needs a template.
+    """
+    question = text(row, "prompt")
+    turns = with_system(row, [{"role": "user", "content": question}])
+    if getattr(tokenizer, "chat_template", None) is None and len(turns) == 1:
         return checked(Preference(as_transcript(question), " " + chosen, " " + rejected, uid))
     sides = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
-    return chat_preference([{"role": "user", "content": question}], *sides, uid=uid, tokenizer=tokenizer)
+    return chat_preference(turns, *sides, uid=uid, tokenizer=tokenizer)
 
 
 def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
@@ -163,21 +173,45 @@ def openai(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if not isinstance(asked, Mapping):
             raise BadRow(Cause.WRONG_TYPE, f"expected an object, got {type(asked).__name__}", field="input")
         options = {"tools": asked["tools"]} if asked.get("tools") else {}
-        messages = column(asked, "messages", inside="input.")
-        try:
+        messages = with_system(row, column(asked, "messages", inside="input."))
+        with _fields_named(names):
             return chat_preference(messages, *sides, uid=uid, tokenizer=tokenizer, **options)
-        except BadRow as problem:
-            head, dot, rest = problem.field.partition(".")
-            raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
     return one_each(rows, preference)
+
+
+def arena(rows: Rows, *, tokenizer: Any = None) -> Candidates:
+    """Chatbot Arena of LMSYS: two conversations that begin with the same question, and the winner. Ties form no pair."""
+
+    def preference(uid: str, row: Row) -> Preference:
+        sides, winner = {name: column(row, f"conversation_{name}") for name in ("a", "b")}, text(row, "winner")
+        if winner in ("tie", "tie (bothbad)", "both_bad"):
+            raise BadRow(Cause.TIE, f"no conversation is better: {winner}", field="winner")
+        if winner not in ("model_a", "model_b"):
+            detail = f"expected model_a, model_b, tie, tie (bothbad) or both_bad, got {winner[:40]!r}"
+            raise BadRow(Cause.OUT_OF_RANGE, detail, field="winner")
+        better, worse = ("a", "b") if winner == "model_a" else ("b", "a")
+        with _fields_named({"chosen": f"conversation_{better}", "rejected": f"conversation_{worse}"}):
+            return chat_preference(None, sides[better], sides[worse], uid=uid, tokenizer=tokenizer)
+
+    return one_each(rows, preference)
+
+
+@contextlib.contextmanager
+def _fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """A context in which a `BadRow` about prompt, chosen or rejected names the columns that hold them."""
+    try:
+        yield
+    except BadRow as problem:
+        head, dot, rest = problem.field.partition(".")
+        raise BadRow(problem.cause, problem.detail, field=names.get(head, head) + dot + rest) from None
 
 
 def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
     """HelpSteer3 preferences of NVIDIA: a conversation and two answers, with a preference from -3 to 3."""
 
     def preference(uid: str, row: Row) -> Preference:
-        context, preferred = column(row, "context"), number(row, "overall_preference")
+        context, preferred = with_system(row, column(row, "context")), number(row, "overall_preference")
         answers = [[{"role": "assistant", "content": text(row, side)}] for side in ("response1", "response2")]
         if not -3 <= preferred <= 3:
             raise BadRow(Cause.OUT_OF_RANGE, f"expected -3 to 3, got {preferred:g}", field="overall_preference")
@@ -282,54 +316,6 @@ def unpaired(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         return Preference(prompt, completion, completion, uid, desirable=desirable, **both, **more)
 
     return one_each(rows, preference)
-
-
-def ranked(rows: Rows, *, tokenizer: Any = None) -> Rankings:
-    """Rankings: `completions`, best first, or in any order with `ranks` (1 is the best) or `scores`."""
-
-    def ranking(uid: str, row: Row) -> Ranking:
-        several = column(row, "completions")
-        if not isinstance(several, list):
-            detail = f"expected a list of completions, got {type(several).__name__}"
-            raise BadRow(Cause.WRONG_TYPE, detail, field="completions")
-        if len(several) < 2:
-            raise BadRow(
-                Cause.NO_PAIR, f"a ranking has at least two completions, but this one has {len(several)}", field="completions"
-            )
-        if len(several) > MAX_ANSWERS:
-            raise BadRow(
-                Cause.OUT_OF_RANGE, f"{len(several):,} completions, but the limit is {MAX_ANSWERS:,}", field="completions"
-            )
-        ranks = _ranks(row, len(several))
-        named = [(f"completions.{i}", completion) for i, completion in enumerate(several)]
-        prompt, texts, spans, more = completions_of(row, named, uid, tokenizer)
-        for (name, _), parts in zip(named, spans, strict=True):
-            if parts is not None:
-                detail = "a completion of several turns, but in a ranking each has one, the assistant's answer"
-                raise BadRow(Cause.TOO_LONG, detail, field=name)
-        order = sorted(range(len(texts)), key=lambda i: ranks[i])
-        return Ranking(prompt, tuple(texts[i] for i in order), tuple(ranks[i] for i in order), uid, **more)
-
-    return one_each(rows, ranking)
-
-
-def _ranks(row: Row, count: int) -> list[float]:
-    """The rank of each completion (lower is better): by `ranks`, by `scores`, or by order."""
-    found: dict[str, list[float]] = {}
-    for field, sign in (("ranks", 1), ("scores", -1)):
-        values = row.get(field)
-        if values is None:
-            continue
-        if not isinstance(values, list) or len(values) != count:
-            what = f"a list of {len(values)}" if isinstance(values, list) else type(values).__name__
-            raise BadRow(Cause.WRONG_TYPE, f"expected a list of {count} numbers, got {what}", field=field)
-        items = {str(i): value for i, value in enumerate(values)}
-        found[field] = [sign * number(items, name, inside=f"{field}.") for name in items]
-    if len(found) == 2 and any(
-        (a - b) * (c - d) < 0 for (a, c), (b, d) in combinations(zip(found["ranks"], found["scores"], strict=True), 2)
-    ):
-        raise BadRow(Cause.OUT_OF_RANGE, "ranks and scores put the completions in different orders", field="ranks, scores")
-    return next(iter(found.values()), [float(i + 1) for i in range(count)])
 
 
 def _without_html(row: Row, field: str, *, inside: str = "") -> str:

@@ -21,6 +21,7 @@ import numpy as np
 from dpo_jax.data.columns import UNREAD, CsvText, Row
 from dpo_jax.data.images import Source, from_base64, open_image
 from dpo_jax.data.pairs import BadRow, Cause, Preference
+from dpo_jax.data.roles import with_roles
 
 COLUMNS = ("images", "image")
 OWN = ("bytes", "path", "image", "url", "base64")
@@ -198,7 +199,7 @@ def _messages(row: Row) -> tuple[list[Any], dict[str, Any]]:
         _refuse_images(row.get(field), field)
         if isinstance(row.get(field), str):
             found[field] = [{"role": "assistant", "content": row[field]}]
-    return prompt, found
+    return with_roles(prompt), found
 
 
 def _before_first(prompt: list[Any], images: int) -> list[Any]:

@@ -13,6 +13,7 @@ from dpo_jax.data.columns import check_text, text, without_nulls
 from dpo_jax.data.image_rows import Place
 from dpo_jax.data.pairs import BadRow, Cause, DataError, check_length
 from dpo_jax.data.rendering import Refused, render
+from dpo_jax.data.roles import KNOWN, unknown_role, with_roles
 from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.untrusted import parse_json
 
@@ -39,13 +40,18 @@ class Template(NamedTuple):
     @property
     def source(self) -> str:
         """The source of the template, or of all templates of the tokenizer."""
-        template: Any = self.tokenizer.chat_template
-        return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template)
+        return source_of(self.tokenizer)
 
     def notes(self) -> list[str]:
         """Notes for the report on what the template omits."""
         unread = [name for name in self.variables if not re.search(rf"\b{re.escape(name)}\b", self.source)]
         return [f"chat_template_kwargs: the chat template does not read {name[:60]!r}" for name in unread]
+
+
+def source_of(tokenizer: Any) -> str:
+    """The source of a tokenizer's template, or of all its templates."""
+    template: Any = tokenizer.chat_template
+    return "\n".join(map(str, template.values())) if isinstance(template, Mapping) else str(template)
 
 
 def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, where: str) -> Template:
@@ -64,7 +70,7 @@ def read_template(tokenizer: Any, *, tools: Any = None, variables: Any = None, w
 
 def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
     """Messages `{"role", "content", ...}` as new dictionaries: nulls removed, also inside tool calls, content parts
-    joined, tool calls in the template's form.
+    joined, roles and tool calls in the template's form.
 
     Raises `BadRow`, also for a text that contains a special token."""
     if not isinstance(value, list) or not value:
@@ -72,13 +78,18 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
         raise BadRow(Cause.EMPTY if value == [] else Cause.WRONG_TYPE, detail, field=field)
     if len(value) > MAX_MESSAGES:
         raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
-    return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(value)]
+    if all(isinstance(message, str) for message in value):
+        detail = f"expected a list of messages, got a list of texts; --data.columns {field}={field}.0 reads the first one"
+        raise BadRow(Cause.WRONG_TYPE, detail, field=field)
+    return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(with_roles(value))]
 
 
 def _message(message: Any, place: str, tokenizer: Any) -> Message:
     if not isinstance(message, Mapping):
         raise BadRow(Cause.WRONG_TYPE, f"expected a message, got {type(message).__name__}", field=place)
-    text(message, "role", inside=f"{place}.")
+    role = text(message, "role", inside=f"{place}.")
+    if role not in KNOWN and not re.search(rf"(['\"]){re.escape(role)}\1", source_of(tokenizer)):
+        raise unknown_role(role, field=f"{place}.role")
     # parquet gives every message every key that any message has
     kept = {key: item for key, item in message.items() if item is not None}
     if kept.get("weight", 1) not in (0, 1):

@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_jax.data.columns import UNREAD, Columns, shown_names, without_nulls
+from dpo_jax.data.columns import UNREAD, Columns, ColumnType, shown_names, without_nulls
 from dpo_jax.data.pairs import BadRow, Cause, Place, refuse
 from dpo_jax.untrusted import LIMITS, cause_of
 
@@ -65,10 +65,10 @@ def _batches(name: str, path: Path, columns: Columns | None) -> Iterator[tuple[A
     place = Place(name, Cause.BAD_PARQUET, "the file is damaged or cut off")
     with place.reading():
         file = _File(path, page_checksum_verification=True)
-        names, texts = file.column_names()
+        names, types = file.columns_and_types()
         leaves = [leaf for _, leaf in _leaves(file.metadata.schema)]
     with file:
-        chosen = leaves if columns is None else _chosen(columns(names, texts), names, leaves)
+        chosen = leaves if columns is None else _chosen(columns(names, types), names, leaves)
         if not chosen:
             refuse(Cause.MISSING_COLUMN, name, f"it has no column that is read, only {shown_names(names)}")
         with place.reading():
@@ -133,16 +133,27 @@ class _File(pq.ParquetFile):
             paths[leaf].append(index)
         return paths
 
-    def column_names(self) -> tuple[list[str], list[str]]:
-        """The names of all columns, and of the text columns."""
-        names, texts, schema = [], [], self.schema_arrow  # which pyarrow rebuilds on each access
+    def columns_and_types(self) -> tuple[list[str], dict[str, ColumnType]]:
+        """The names of all columns, and the type of each."""
+        names, types, schema = [], {}, self.schema_arrow  # which pyarrow rebuilds on each access
         for index in range(len(schema)):
             with contextlib.suppress(UnicodeDecodeError):
                 field = schema.field(index)
                 names.append(field.name)
-                kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-                texts += [field.name] if pa.types.is_string(kind) or pa.types.is_large_string(kind) else []
-        return names, texts
+                types[field.name] = _type(field.type)
+        return names, types
+
+
+def _type(kind: Any) -> ColumnType:
+    if pa.types.is_dictionary(kind):
+        return _type(kind.value_type)
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "text"
+    if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind):
+        return "number"
+    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _type(kind.value_type) == "number":
+        return "numbers"
+    return "other"
 
 
 def _leaves(schema: pq.ParquetSchema) -> Iterator[tuple[int, str]]:

@@ -45,10 +45,11 @@ class Ranking:
 Candidates = Iterable[tuple[str, Preference | Ranking | BadRow]]
 
 
-def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None = None) -> None:
+def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None = None, hint: str | None = None) -> None:
     """Raises `DataError` if rows of kind `stated` cannot be read as `wanted`.
 
-    The message names the losses that read such rows, or the `remedy` of a command without a loss.
+    The message names the losses that read such rows, or the `remedy` of a command without a loss. `hint`: how rows that were
+    detected as prompts alone may state preferences.
     """
     if wanted in (stated, "prompts") or (wanted == "any" and stated != "prompts"):
         return
@@ -56,6 +57,7 @@ def check_kind(stated: Kind, wanted: Wanted, *, where: str, remedy: str | None =
         return
     if stated == "prompts":
         remedy = "commands that sample read them, such as `dpo-jax online`; a preference also has chosen and rejected"
+        remedy += f"; {hint}" if hint else ""
     elif stated == "demonstrations":
         remedy = "`dpo-jax sft` trains on them; a preference has a better and a worse completion, such as chosen and rejected"
     elif remedy is None and stated == "pairs":

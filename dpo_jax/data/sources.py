@@ -10,7 +10,6 @@ and `pairs` has the records and the report.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import itertools
 import shlex
@@ -18,8 +17,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from dpo_jax.data import message_texts
+from dpo_jax.data.beside import Unread, notes_on, suspects, unread_columns
 from dpo_jax.data.column_map import ColumnMap
-from dpo_jax.data.columns import Row, shown_names
+from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
 from dpo_jax.data.format_table import FORMATS, FormatName, detect_format, format_of
 from dpo_jax.data.image_rows import names_images, open_images
@@ -32,20 +33,21 @@ from dpo_jax.data.pairs import (
     Preference,
     PreferenceSet,
     Triage,
-    check_pair,
     readable_name,
     refuse,
 )
+from dpo_jax.data.repeated_prompts import RepeatedPrompts
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
-from dpo_jax.data.unread import refusal, suggestion, suspects, unread
+from dpo_jax.data.unread import remedy_for_lists, suggestion
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
 _FIRST = 100  # rows by which a format is detected
 _SAMPLED = 2**24  # characters of the rows by which a format is detected
 _TURNS = ("prompt", "chosen", "completion", "completions", "messages")  # columns that may hold conversations
+_NOTES = 20  # most different notes on what stands beside the columns that are read
 _SHAPES = 1000  # most distinct sets of columns examined for the note on unread columns
 
 
@@ -105,7 +107,7 @@ def load_preferences(
     lines = reading.rows(files)
     stated = "pairs" if report.format == "auto" else FORMATS[report.format].rows
     if report.format != "auto":  # it is if no row can be read
-        check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})")
+        check_kind(stated, rows, where=f"{report.source} [{split}] (format {report.format})", hint=reading.hint)
     preferences: list[Preference] = []
     try:
         if report.format != "auto":
@@ -123,11 +125,11 @@ def load_preferences(
     except MemoryError:  # a small file may unpack to any size
         detail = f"out of memory on this machine after {report.rows:,} rows; use fewer rows"
         raise DataError(f"{report.source} [{split}]: {detail}", causes=[Cause.OVER_LIMIT]) from None
-    if report.format == "trl":
-        preferences = _with_prompt_once(preferences, triage)
     triage.finish(kept=len(preferences))
     told = collections.Counter(note for preference in preferences for note in preference.notes)
     report.notes += [f"{note} ({count:,} of {len(preferences):,} pairs)" for note, count in told.items()]
+    report.notes += [f"{note} ({count:,} of {report.rows:,} rows)" for note, count in reading.told.items() if count]
+    report.notes += reading.repeated.notes() if reading.repeated else []
     if reading.ignored:
         report.notes.append(f"columns that are not read: {shown_names(reading.ignored)}")
     if report.format in ("rewardbench", "pku") and preferences:
@@ -152,6 +154,7 @@ class Peeked(NamedTuple):
     chat: DataError | None  # the error of a tokenizer without a chat template; None: these rows need none
     tools: str | None  # "train.jsonl:3", the first conversation with tools
     unusable: DataError | None  # the error of rows that make a run refuse the data, as far as these rows tell
+    hint: str | None  # of rows detected as prompts alone: how they may state preferences
     doubt: str | None  # a warning: none of these rows can be used, but others may be
 
 
@@ -183,7 +186,8 @@ def peek(
     kept, chat = _parse(texts(), reading)
     kept += sum(1 for _ in texts()) + (chat is not None)  # the rows that cannot be parsed without a template
     unusable, doubt = _unusable(reading, kept + len(images))
-    return Peeked(report.format, len(files), next(iter(images), None), chat, next(iter(tools), None), unusable, doubt)
+    shown, told = next(iter(images), None), next(iter(tools), None)
+    return Peeked(report.format, len(files), shown, chat, told, unusable, reading.hint, doubt)
 
 
 def _parse(rows: Iterator[tuple[str, Row]], reading: _Reading) -> tuple[int, DataError | None]:
@@ -230,33 +234,6 @@ def _refuse_system(source: str, mapped: ColumnMap) -> NoReturn:
     refuse(Cause.CHAT_TEMPLATE, source, detail)
 
 
-def _with_prompt_once(preferences: list[Preference], triage: Triage) -> list[Preference]:
-    """The preferences without a repeated prompt at the start of completions, if all completions of the set begin with it."""
-    repeats = [not p.chat and all(_begins(side, p.prompt) for side in (p.chosen, p.rejected)) for p in preferences]
-    report, count = triage.report, sum(repeats)
-    if not count:
-        return preferences
-    if count < len(preferences):
-        report.notes.append(
-            f"{count} of {len(preferences)} rows repeat their prompt in both completions; they are left unchanged"
-        )
-        return preferences
-    report.notes.append(f"the prompt is removed from the completions of all {count} rows, which repeat it")
-    kept = []
-    for pair in preferences:
-        chosen, rejected = (side.lstrip()[len(pair.prompt.lstrip()) :] for side in (pair.chosen, pair.rejected))
-        try:
-            check_pair(pair.prompt, chosen, rejected)
-            kept.append(dataclasses.replace(pair, chosen=chosen, rejected=rejected))
-        except BadRow as problem:
-            triage.reject(pair.uid, problem)
-    return kept
-
-
-def _begins(completion: str, prompt: str) -> bool:
-    return completion.lstrip().startswith(prompt.lstrip())
-
-
 class _Reading:
     """The rows of a split with the column names of its format. Detection sets the format in the report."""
 
@@ -265,6 +242,9 @@ class _Reading:
         self.first = first  # most rows to read; None: all
         self.triage = Triage(report, on_bad=on_bad)
         self.ignored: dict[str, None] = {}  # columns not read by the format
+        self.told: collections.Counter[str] = collections.Counter()  # notes on rows
+        self.hint: str | None = None  # how rows that were detected as prompts alone may state preferences
+        self.repeated: RepeatedPrompts | None = None  # None: no format is known
         self._seen: set[tuple[str, ...]] = set()
 
     def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
@@ -280,11 +260,13 @@ class _Reading:
                 break
         if self.report.format == "auto":
             self._detect(sample)
+            self.hint = self._hint(sample[0][1]) if self.report.format == "prompts" else None
         if self.report.format != "auto":
-            found = [(where, row, names) for where, row in sample if (names := unread(row, self.report.format, self.mapped))]
+            found = [(where, unread) for where, row in sample if (unread := self._unread(row))]
             if 2 * len(found) > len(sample):
-                where, row, names = max(found, key=lambda one: len(one[2]))  # the system text may be blank in some
-                refuse(Cause.UNREAD_COLUMN, where, refusal(names, row, self.mapped))
+                where, unread = max(found, key=lambda one: len(one[1].names))  # the system text may be blank in some
+                refuse(Cause.UNREAD_COLUMN, where, unread.detail)
+            self.repeated = RepeatedPrompts(self.report.format, [row for _, row in sample])
         return self._checked(itertools.chain(sample, rows))
 
     def _detect(self, sample: list[tuple[str, Row]]) -> None:
@@ -298,19 +280,28 @@ class _Reading:
             self.report.format = name
             self.report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
 
+    def _hint(self, row: Row) -> str | None:
+        others = [name for name in row if name not in FORMATS["prompts"].reads]
+        if remedy := remedy_for_lists(row, self.mapped):
+            return remedy
+        return f"if they are in the other columns, write these from them: {shown_names(others)}" if others else None
+
     def _readable(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
         for name, path in files:
             for where, row in read_rows(name, path, report=self.report, columns=functools.partial(self._columns, name)):
                 try:
                     if isinstance(row, BadRow):
                         raise row
-                    yield where, self.mapped.row(row)
+                    row = self.mapped.row(row)
+                    read = message_texts.with_messages(row)
+                    self.told[message_texts.NOTE] += read is not row
+                    yield where, read
                 except BadRow as problem:
                     self.reject(where, problem)
                 if self.first is not None and self.report.rows >= self.first:
                     return
 
-    def _columns(self, file: str, names: Sequence[str], texts: Collection[str]) -> Collection[str]:
+    def _columns(self, file: str, names: Sequence[str], types: Mapping[str, ColumnType]) -> Collection[str]:
         """The columns of a parquet file to read."""
         called = self.mapped.names(file, names)
         format = format_of(self.report.format, called)
@@ -319,7 +310,7 @@ class _Reading:
             self._refuse_columns(file, row)
         if not any(column.partition(".")[0] in called for column in wanted):
             self._refuse_columns(file, {name: "a text" for name in called})
-        return self.mapped.sources_of([*wanted, *(suspects(called, texts, format) if format else ())])
+        return self.mapped.sources_of([*wanted, *(suspects(called, types, format) if format else ())])
 
     def _mapped_pairs(self, format: str, row: Row) -> bool:
         """Whether a row that fits a format of texts or prompts holds preferences under other names, which must not be lost."""
@@ -332,12 +323,21 @@ class _Reading:
             if (names := tuple(row)) not in self._seen and len(self._seen) < _SHAPES:
                 self._seen.add(names)
                 self.ignored |= dict.fromkeys(name for name in names if name not in reads)
-            if found := unread(row, self.report.format, self.mapped):
-                self.reject(where, BadRow(Cause.UNREAD_COLUMN, refusal(found, row, self.mapped)))
+            if unread := self._unread(row):
+                self.reject(where, BadRow(Cause.UNREAD_COLUMN, unread.detail))
                 continue
+            self.told.update(
+                note for note in notes_on(row, self.report.format, self.mapped) if note in self.told or len(self.told) < _NOTES
+            )
             if "system" in row and "system" not in self.mapped.columns:  # blank, or a copy of text in the messages
                 row = {name: value for name, value in row.items() if name != "system"}
-            yield where, row
+            try:
+                yield where, self.repeated.row(row) if self.repeated else row
+            except BadRow as problem:
+                self.reject(where, problem)
+
+    def _unread(self, row: Row) -> Unread | None:
+        return unread_columns(row, self.report.format, self.mapped)
 
     def reject(self, where: str, problem: BadRow) -> None:
         """Counts a row, or a candidate of it, as read and unusable."""
@@ -354,6 +354,8 @@ class _Reading:
         if option is None and isinstance(row.get("conversations"), list) and format in ("auto", "sft_messages"):
             option = "--data.columns messages=conversations"
         needs += f"read them with {option}; " if option else ""
+        if option is None and format in ("auto", "ranked") and (remedy := remedy_for_lists(row, self.mapped)):
+            needs += f"{remedy}; "
         remedy = f"{needs}if the first rows are bad, name the format with --data.format ({', '.join(FORMATS)})"
         remedy += "" if option else "; if they have other names, map them: --data.columns prompt=NAME,chosen=NAME,rejected=NAME"
         remedy += "" if option else "; for sft prompt=NAME,completion=NAME or text=NAME"

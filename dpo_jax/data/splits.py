@@ -75,6 +75,7 @@ def _what_is_there(source: Path, split: str) -> str:
     choose += "; " + _SEVERAL.format(split=split) if len(splits) > 1 else ""
     foreign = sorted(path.name for path in source.glob("*.*") if path.is_file() and path.name.partition(".")[0] == split)
     convert = f"; {listed(foreign)} is not read: convert it to JSON Lines (.jsonl), .parquet or .csv" if foreign else ""
+    convert = next(filter(None, (_unpacking(PurePath(name)) for name in foreign)), convert)
     below = sorted({path.parent for path in source.glob("*/*/*") if path.parent.name == split and path.name.endswith(SUFFIXES)})
     deeper = f"; the split is in {listed(map(str, below))}: give the folder {below[0].parent}" if below else ""
     if any(file for depth in ("*.arrow", "*/*.arrow") for file in source.glob(depth)):
@@ -152,7 +153,13 @@ def _stem(path: PurePath) -> str:
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         if path.name.endswith(suffix):
             return path.name.removesuffix(suffix)
-    refuse(Cause.BAD_LAYOUT, path, f"not one of {', '.join(SUFFIXES)}")
+    refuse(Cause.BAD_LAYOUT, path, f"not one of {', '.join(SUFFIXES)}{_unpacking(path)}")
+
+
+def _unpacking(path: PurePath) -> str:
+    """How to unpack a file of another compression, for a message; "" for other files."""
+    commands = {".zst": "zstd -d", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
+    return f"; unpack it: {commands[path.suffix]} {path.name}" if path.suffix in commands else ""
 
 
 def _split_of(stem: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from dpo_jax.data.candidates import Candidates, Rows, checked, one_each
 from dpo_jax.data.chat import chat_preference
 from dpo_jax.data.columns import Row, text
+from dpo_jax.data.conversations import with_system
 from dpo_jax.data.pairs import HH_ASSISTANT, BadRow, Cause, Preference
 
 HH_HUMAN = "\n\nHuman:"
@@ -37,7 +38,7 @@ def hh_chat(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         *prompt, _ = messages_of(asked + " ?", field="chosen")  # a stand-in for the answer, which may be blank
         answers = [transcript[len(asked) :].strip() for transcript in transcripts]
         sides = ([{"role": "assistant", "content": answer}] for answer in answers)
-        return chat_preference(prompt, *sides, uid=uid, tokenizer=tokenizer)
+        return chat_preference(with_system(row, prompt), *sides, uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference)
 

@@ -176,7 +176,7 @@ def _split(check: Check, part: MixConfig, path: str, split: str) -> str:
         check.tools = check.tools or (found.tools if found.chat else None)
         stated = FORMATS[format].rows if format in FORMATS else "pairs"
         remedy = TFDS_OF_PAIRS if check.name == "prepare" else None
-        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})", remedy=remedy)
+        check_kind(stated, wanted, where=f"{path} [{name}] (format {format})", remedy=remedy, hint=found.hint)
         if found.unusable is not None:
             raise found.unusable
         if found.doubt is not None:
