@@ -223,6 +223,22 @@ def test_it_evaluates_before_the_first_step_if_asked_and_only_once(tmp_path):
     assert [row["step"] for row in rows if not is_evaluation(row)] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("leaf", "refused"),
+    [
+        (jax.random.key(0), r"state\.params\.extra: expected an array of numbers, got key<fry>.*jax\.random\.key_data"),
+        (3, r"state\.params\.extra: expected an array, got int: make it one"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path, leaf, refused):
+    state = init_state({"w": jnp.float32(0), "extra": jnp.float32(0)}, dpo_jax.make_optimizer(1.0))
+    state = state.replace(params={"w": jnp.float32(0), "extra": leaf})
+    with pytest.raises(ValueError, match=refused):
+        train(pytest.fail, state, pytest.fail, folder=tmp_path / "run", total_steps=1, fingerprint={})
+    with Checkpoints(tmp_path / "other") as checkpoints, pytest.raises(ValueError, match=refused):
+        checkpoints.save(0, state, {})
+
+
 def test_the_state_is_saved_before_an_error_of_an_evaluation_ends_the_run(tmp_path):
     seen = []
 
