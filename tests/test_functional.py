@@ -20,6 +20,7 @@ import dpo_jax
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.ppo import Collected, sampled_rows
+from dpo_jax.reference import BrokenReference
 from dpo_jax.sampling import Samples
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +112,13 @@ def test_the_example_learns_the_preference(example):
     assert losses[-1] < 0.6
     assert margins[-1] > 0.2
     assert int(example["state"].step) == len(losses)
+
+
+@pytest.mark.parametrize("prompt", [np.full(3, 300), np.full(62, 5)], ids=["ids", "positions"])
+def test_the_example_refuses_what_is_beyond_its_tables(prompt, example):
+    wrong = dpo_jax.Encoded(np.int32(prompt), *(np.int32([*ids, 6, 7, 0]) for ids in ([5], [8])))
+    with pytest.raises(BrokenReference):
+        dpo_jax.reference_logps_of(example["model"], example["variables"], [wrong])
 
 
 def test_the_state_is_a_tree_that_any_transformation_takes(example):
