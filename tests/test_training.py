@@ -139,9 +139,8 @@ def small(folder, stop=3, *, fingerprint=None, **options):
     state = partitioner.put_state(init_state(np.float32(0), dpo_jax.make_optimizer(lambda step: 0.0)))
     say = options.pop("say", lambda line: None)
     fingerprint = {"by": 1.0} if fingerprint is None else fingerprint
-    return train(
-        step, state, lambda i: np.float32(1), folder=folder, total_steps=stop, fingerprint=fingerprint, say=say, **options
-    )
+    stream = options.pop("stream", lambda i: np.float32(1))
+    return train(step, state, stream, folder=folder, total_steps=stop, fingerprint=fingerprint, say=say, **options)
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):
@@ -237,6 +236,19 @@ def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path,
         train(pytest.fail, state, pytest.fail, folder=tmp_path / "run", total_steps=1, fingerprint={})
     with Checkpoints(tmp_path / "other") as checkpoints, pytest.raises(ValueError, match=refused):
         checkpoints.save(0, state, {})
+
+
+@pytest.mark.parametrize("stream", [[np.float32(1)] * 3, iter([np.float32(1)] * 3)])
+def test_a_stream_that_is_no_function_is_refused(tmp_path, stream):
+    with pytest.raises(TypeError, match=r"stream: expected a function, got list.*: stream\(i\) gives the batch of step i"):
+        small(tmp_path, stream=stream)
+
+
+def test_a_stream_that_ends_is_named_with_its_step(tmp_path):
+    batches = iter([np.float32(1)] * 2)
+    with pytest.raises(RuntimeError, match=r"stream\(2\) raised StopIteration: it must give the batch of any step"):
+        small(tmp_path, stream=lambda i: next(batches))
+    assert small(tmp_path, stream=([np.float32(1)] * 3).__getitem__).step == 3
 
 
 def test_the_state_is_saved_before_an_error_of_an_evaluation_ends_the_run(tmp_path):
