@@ -452,6 +452,14 @@ def test_an_adapter_of_another_lora_is_refused(other, told, base, rows):
         merge_adapter(few, LORA_ALL)
 
 
+def test_a_model_of_ones_own_is_refused():
+    own = MODEL._replace(config=None)
+    with pytest.raises(ValueError, match="expected a model of load_hf or make_model, got one with config NoneType"):
+        lora_model(own, LORA_ALL)
+    with pytest.raises(ValueError, match="config: expected that of a model of load_hf or make_model, got NoneType"):
+        lora_targets("attention", own.config)
+
+
 @pytest.mark.parametrize("targets", ["attention", ("q_proj", "v_proj")])
 def test_targets_that_are_no_kernels_are_refused(targets):
     with pytest.raises(ValueError, match="as from lora_targets, which also takes names of modules such as q_proj"):

@@ -84,6 +84,11 @@ def lora_model(model: Model, lora: Lora) -> Model:
     0.6931 merged
     """
 
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(
+            f"lora_model: expected a model of load_hf or make_model, got one with config {type(model.config).__name__}: "
+            "dpo_jax/README.md shows LoRA on a model of your own"
+        )
     if isinstance(lora.targets, str) or not {*lora.targets} <= {*KERNELS}:
         raise ValueError(
             f"lora.targets are {lora.targets!r}, but kernels are named {', '.join(KERNELS)}: give a tuple of them, as from "
