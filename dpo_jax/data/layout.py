@@ -184,6 +184,9 @@ class Layout:
     """A fixed shape for the batches of a run, so that few programs are compiled.
 
     Groups of pairs are laid out like pairs. A group stays in one row even in kind plain, each completion after its own prompt.
+
+    >>> Layout("shared", length=96, scored=64).rows(encoded).tokens.shape
+    (2, 96)
     """
 
     kind: Literal["plain", "shared", "packed"]

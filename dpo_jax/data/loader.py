@@ -134,6 +134,11 @@ def eval_batches(examples: Sequence[Example], *, layout: Layout, batch: int, par
     """Batches that contain every example once, in order: for evaluation and the reference pass (`Batch.of_examples`).
 
     The next batch is made in a thread while the caller works on one.
+
+    >>> [batch] = eval_batches(encoded, layout=plan_layout(encoded, kind="shared", batch=2), batch=2)
+    >>> numbers, values = batch.of_examples(completion_logps(model, variables, batch.rows))
+    >>> numbers.tolist(), values.shape
+    ([0, 1], (2, 2))
     """
 
     def build(start: int) -> Batch:

@@ -94,7 +94,6 @@ def train(
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
 
-    >>> from dpo_jax.training.start_check import starts_at_reference
     >>> model, weights = load_hf(folder)
     >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1), model)
     >>> variables = partitioner.put_variables(weights)
