@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dpo_jax.data.encode import Encoded as Encoded
     from dpo_jax.data.encode import encode as encode
     from dpo_jax.data.label import label as label
+    from dpo_jax.data.layout import Layout as Layout
     from dpo_jax.data.layout import causal_rows as causal_rows
     from dpo_jax.data.layout import completion_rows as completion_rows
     from dpo_jax.data.layout import examples_to_rows as examples_to_rows
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
     from dpo_jax.data.layout import plain_rows as plain_rows
     from dpo_jax.data.layout import ranking_rows as ranking_rows
     from dpo_jax.data.layout import shared_rows as shared_rows
+    from dpo_jax.data.loader import eval_batches as eval_batches
     from dpo_jax.data.loader import plan_layout as plan_layout
     from dpo_jax.data.loader import total_steps as total_steps
     from dpo_jax.data.loader import train_batches as train_batches
     from dpo_jax.data.prepare import data_digest as data_digest
     from dpo_jax.data.sources import load_preferences as load_preferences
+    from dpo_jax.data.tokenizer import train_tokenizer as train_tokenizer
     from dpo_jax.data.unpaired import mismatched as mismatched
     from dpo_jax.dataset_logps import reference_logps_of as reference_logps_of
     from dpo_jax.dpo import dpo_objective as dpo_objective
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from dpo_jax.evals.frontier import optimum as optimum
     from dpo_jax.evals.frontier import regret as regret
     from dpo_jax.evals.frontier import sequence_kl as sequence_kl
+    from dpo_jax.evals.preference import held_out_logps as held_out_logps
+    from dpo_jax.evals.preference import preference_summary as preference_summary
     from dpo_jax.logps import completion_lengths as completion_lengths
     from dpo_jax.logps import completion_logps as completion_logps
     from dpo_jax.logps import sequence_logps as sequence_logps
@@ -94,6 +99,8 @@ if TYPE_CHECKING:
     from dpo_jax.training.references import cached_reference_logps as cached_reference_logps
     from dpo_jax.training.run import Saving as Saving
     from dpo_jax.training.run import train as train
+    from dpo_jax.training.start_check import starts_at_reference as starts_at_reference
+    from dpo_jax.training.stopping import EarlyStopping as EarlyStopping
     from dpo_jax.types import Model as Model
     from dpo_jax.types import Rows as Rows
     from dpo_jax.types import TrainState as TrainState
@@ -104,6 +111,7 @@ _HOMES = {
     "data.encode": ("Encoded", "encode"),
     "data.label": ("label",),
     "data.layout": (
+        "Layout",
         "causal_rows",
         "completion_rows",
         "examples_to_rows",
@@ -112,13 +120,15 @@ _HOMES = {
         "ranking_rows",
         "shared_rows",
     ),
-    "data.loader": ("plan_layout", "total_steps", "train_batches"),
+    "data.loader": ("eval_batches", "plan_layout", "total_steps", "train_batches"),
     "data.prepare": ("data_digest",),
     "data.sources": ("load_preferences",),
+    "data.tokenizer": ("train_tokenizer",),
     "data.unpaired": ("mismatched",),
     "dataset_logps": ("reference_logps_of",),
     "dpo": ("dpo_objective", "dpo_step", "preference_metrics"),
     "evals.frontier": ("best_of_n", "optimum", "regret", "sequence_kl"),
+    "evals.preference": ("held_out_logps", "preference_summary"),
     "logps": ("completion_lengths", "completion_logps", "sequence_logps", "slots_to_pairs"),
     "losses": ("dpo_loss", "implicit_rewards", "ipo_loss", "kto_loss", "named_loss", "plackett_luce_loss", "unlikelihood_loss"),
     "models.decoder": ("make_model",),
@@ -140,6 +150,8 @@ _HOMES = {
     "step": ("apply_gradients", "init_state", "mean_grads", "train_step"),
     "training.references": ("cached_reference_logps",),
     "training.run": ("Saving", "train"),
+    "training.start_check": ("starts_at_reference",),
+    "training.stopping": ("EarlyStopping",),
     "types": ("Model", "Rows", "TrainState"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -45,8 +45,9 @@ def reference_logps_of(
       progress: called with (pairs done, all pairs) after every batch.
 
     A second call with the same model and shapes compiles nothing. Raises `BrokenReference` naming the pair for NaN or infinity,
-    for example from a token id beyond the vocabulary; TypeError for pairs that are not `Encoded`; ValueError for unusable token
-    ids, an unknown layout, a `batch` below 1, and variables of `load_hf` without their "params".
+    for example from a token id of a completion beyond the vocabulary; TypeError for pairs that are not `Encoded`; ValueError
+    for unusable token ids, an unknown layout, a `batch` below 1, and variables of `load_hf` without their "params". A model of
+    your own should give NaN for prompt ids and positions beyond its tables, as in the README's example: JAX clamps indices.
 
     >>> ref_logps = reference_logps_of(model, variables, encoded)
     >>> ref_logps.shape

@@ -44,10 +44,10 @@ def dpo_step(
     0.6931 0.0
 
     A custom loss is a function of arrays. Its keyword arguments name what it needs besides log-probabilities: `lengths`, the
-    scored tokens float32[P, K], or others of `losses.SIGNALS`. A loss with the keyword `weight` looks across pairs; with
-    microbatches or mapped devices it costs one more forward pass (`whole_batch`). Columns of the data go into `rows.extras` by
-    name, through `examples_to_rows`. Padding examples have length 0, so divide by at least 1: their weight of 0 does not undo a
-    NaN. A loss with lengths and a gap:
+    scored tokens float32[P, K], or others of `losses.SIGNALS`. Give these no default. A loss with the keyword `weight` looks
+    across pairs; with microbatches or mapped devices it costs one more forward pass (`whole_batch`). Columns of the data go
+    into `rows.extras` by name, through `examples_to_rows`. Padding examples have length 0, so divide by at least 1: their
+    weight of 0 does not undo a NaN. A loss with lengths and a gap:
 
     >>> def loss(logps, ref_logps, *, lengths, gap):
     ...     ratios = (logps - ref_logps) / jnp.maximum(lengths, 1)
@@ -119,7 +119,7 @@ def _loss_inputs(
 
 def _signals(loss: PreferenceLoss, rows: Rows) -> frozenset[str]:
     """Keywords of a loss that name `SIGNALS` and are not columns of the batch (`Rows.extras`)."""
-    return required_inputs(loss) - {*(rows.extras or {})}
+    return required_inputs(loss, columns=rows.extras or {})
 
 
 def _aligned_logps(model: Model, variables: Variables, hidden: jax.Array, rows: Rows) -> jax.Array:

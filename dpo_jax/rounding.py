@@ -7,6 +7,7 @@ rounds up with a probability equal to the part that is cut off. This keeps the e
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from typing import Any, NamedTuple
 
@@ -62,6 +63,17 @@ def stochastic_rounding(tx: optax.GradientTransformation, *, seed: int = 0) -> S
         return jax.tree_util.tree_map_with_path(rounded, params, optax.apply_updates(wide(params), updates))
 
     return StochasticRounding(lambda params: tx.init(wide(params)), update, apply)
+
+
+def warn_of_lost_updates(params: Any, tx: Optimizer) -> None:
+    """Warns if `tx` would round most updates of parameters in 16 bits away."""
+    narrow = sorted({str(getattr(leaf, "dtype", None)) for leaf in jax.tree.leaves(params)} & {"bfloat16", "float16"})
+    if narrow and not isinstance(tx, StochasticRounding):
+        warnings.warn(
+            f"trained parameters are {' and '.join(narrow)}: most updates are smaller than their rounding, and are lost. Train "
+            "float32 parameters, or bfloat16 ones with tx=dpo_jax.stochastic_rounding(tx)",
+            stacklevel=3,
+        )
 
 
 def round_to_bfloat16(x: Array, key: Array) -> jax.Array:

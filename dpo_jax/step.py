@@ -12,7 +12,7 @@ import optax
 from dpo_jax.head import at_least_float32
 from dpo_jax.microbatches import split
 from dpo_jax.models.axes import parts_of
-from dpo_jax.rounding import Optimizer, StochasticRounding
+from dpo_jax.rounding import Optimizer, StochasticRounding, warn_of_lost_updates
 from dpo_jax.types import ROW_AXES, Array, Metrics, TrainState, Variables
 
 
@@ -77,6 +77,7 @@ def init_state(variables: Variables, tx: Optimizer, *, frozen: Variables | None 
     """
     if frozen and (shared := sorted({*variables} & {*frozen})):
         raise ValueError(f"{', '.join(shared)}: a collection is trained or frozen, not both; name the trained ones differently")
+    warn_of_lost_updates(variables, tx)
     return TrainState(step=jnp.zeros((), jnp.int32), params=variables, opt_state=tx.init(variables), frozen=frozen or {})
 
 
@@ -168,8 +169,7 @@ def _check_shapes(terms: Metrics, weight: Array) -> None:
     """Raises ValueError for a term whose shape is not that of `weight`: broadcasting would give a wrong sum."""
     for name, value in terms.items():
         if jnp.shape(value) != jnp.shape(weight):
-            each = f"and one value for each of the {jnp.size(weight)} examples is expected"
-            raise ValueError(f"{name} has the shape {jnp.shape(value)}, {each}")
+            raise ValueError(f"{name}: expected a value for each of {jnp.size(weight)} examples, got shape {jnp.shape(value)}")
 
 
 def _first(parts: Batch) -> Batch:

@@ -221,7 +221,9 @@ def test_a_row_that_does_not_repeat_its_prompt_where_most_do_is_named(tmp_path):
     row = REPEATED["unpaired"] | {"prompt": Q}
     odd, bad = row | {"completion": "An apple."}, row | {"completion": 3}
     path = written(tmp_path / "train.jsonl", row, row, odd, bad)
-    with pytest.raises(DataError, match=r"train.jsonl:3: completion: different_prompts: most rows repeat .*\n.*:4: .*text is"):
+    with pytest.raises(
+        DataError, match=r"train.jsonl:3: completion: different_prompts: most rows repeat .*\n.*:4: .*expected a string"
+    ):
         load(path, rows="unpaired")
     read = load(path, rows="unpaired", on_bad="drop")
     assert (len(read), read.report.dropped) == (2, {"different_prompts": 1, "wrong_type": 1})
@@ -311,9 +313,9 @@ def test_prompts_alone_where_pairs_are_needed_name_the_other_columns(tmp_path):
     ("change", "words"),
     [
         ({"text": "A."}, "completions: missing_column: these objects do not all have one of rank, score"),
-        ({"text": "A.", "score": "high"}, "completions.1.score: wrong_type: a number is needed"),
+        ({"text": "A.", "score": "high"}, "completions.1.score: wrong_type: expected a number"),
         ({"score": 1}, "completions.1.text: missing_column"),
-        ({"text": 3, "score": 1}, "completions.1.text: wrong_type: a text is needed"),
+        ({"text": 3, "score": 1}, "completions.1.text: wrong_type: expected a string"),
     ],
 )
 def test_bad_objects_of_a_ranking_are_named(change, words, tmp_path):

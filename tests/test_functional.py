@@ -20,9 +20,11 @@ import dpo_jax
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.ppo import Collected, sampled_rows
+from dpo_jax.reference import BrokenReference
 from dpo_jax.sampling import Samples
 
 ROOT = Path(__file__).parent.parent
+CONTINUED = re.compile(r"<!-- continues the functional example -->\n```python\n(.*?)```", re.DOTALL)
 BLOCK = re.compile(r"<!-- functional example -->\s*```python\n(.*?)```", re.DOTALL)
 FUNCTIONS = [
     "dpo_loss",
@@ -111,6 +113,35 @@ def test_the_example_learns_the_preference(example):
     assert losses[-1] < 0.6
     assert margins[-1] > 0.2
     assert int(example["state"].step) == len(losses)
+
+
+def test_models_of_flax_and_lora_on_a_model_of_ones_own_train(example):
+    (code,) = CONTINUED.findall((ROOT / "dpo_jax/README.md").read_text(encoding="utf-8"))
+    scope = dict(example)
+    exec(compile(code, "README.md", "exec", dont_inherit=True), scope)
+    encoded, tx = scope["encoded"], scope["tx"]
+    models = {name: (scope[name], scope[name].init(jax.random.key(0))) for name in ("flax_model", "nnx_model")}
+    states = {name: (model, dpo_jax.init_state(variables, tx)) for name, (model, variables) in models.items()}
+    for name, (model, state) in (states | {"lora_model": (scope["lora_model"], scope["lora_state"])}).items():
+        if name != "lora_model":
+            dpo_jax.check_model(model, state.variables, encoded)
+        ref_logps = dpo_jax.reference_logps_of(model, state.variables, encoded)
+        rows = dpo_jax.shared_rows(encoded, length=96, ref_logps=ref_logps)
+        step = jax.jit(partial(dpo_jax.dpo_step, model=model, tx=tx, loss=partial(dpo_jax.dpo_loss, beta=0.1)))
+        losses = []
+        for _ in range(5):
+            state, metrics = step(state, rows)
+            losses.append(float(metrics["loss"]))
+        assert losses[0] == pytest.approx(math.log(2), abs=1e-4), name
+        assert losses == sorted(losses, reverse=True), name
+        assert losses[-1] < 0.692, name
+
+
+@pytest.mark.parametrize("prompt", [np.full(3, 300), np.full(62, 5)], ids=["ids", "positions"])
+def test_the_example_refuses_what_is_beyond_its_tables(prompt, example):
+    wrong = dpo_jax.Encoded(np.int32(prompt), *(np.int32([*ids, 6, 7, 0]) for ids in ([5], [8])))
+    with pytest.raises(BrokenReference):
+        dpo_jax.reference_logps_of(example["model"], example["variables"], [wrong])
 
 
 def test_the_state_is_a_tree_that_any_transformation_takes(example):

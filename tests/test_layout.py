@@ -254,5 +254,5 @@ def test_rankings_that_make_no_batch_are_refused():
         ranking_rows(random_rankings(3, 1), length=20)
     with pytest.raises(ValueError, match="these have none"):
         ranking_rows([], length=20)
-    with pytest.raises(ValueError, match=r"\(3, 2\), but \[3, 4\] is expected: there are 3 rankings of 4 completions"):
+    with pytest.raises(ValueError, match=r"\(3, 2\), but \[3, 4\] is expected: one row for each ranking"):
         ranking_rows(rankings, length=20, ref_logps=np.zeros((3, 2)))

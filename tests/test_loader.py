@@ -149,3 +149,39 @@ def test_a_short_pass_has_fewer_programs_and_the_same_row_length():
     assert few_shapes(layout, examples=WORTH_COMPILING * 16 + 1, batch=16) == layout
     shared = plan_layout(pairs, kind="shared", batch=16)
     assert few_shapes(shared, examples=16, batch=16) == shared
+
+
+@pytest.mark.parametrize("count", [len(PAIRS) - 1, len(PAIRS) + 1])
+def test_reference_log_probabilities_of_other_examples_are_refused_before_the_first_batch(count):
+    layout = plan_layout(PAIRS, kind="shared", batch=4)
+    with pytest.raises(ValueError, match=rf"ref_logps has shape \({count}, 2\), but \[{len(PAIRS)}, 2\] is expected"):
+        train_batches(PAIRS, layout=layout, batch=4, seed=0, ref_logps=np.zeros((count, 2)))
+    with pytest.raises(ValueError, match=rf"uids: expected one for each of the {len(PAIRS)} examples, got {count}"):
+        train_batches(PAIRS, layout=layout, batch=4, seed=0, uids=["a"] * count)
+
+
+def test_a_stream_says_where_it_ends():
+    at = train_batches(PAIRS, layout=plan_layout(PAIRS, kind="shared", batch=4), batch=4, seed=0, epochs=1)
+    steps = total_steps(len(PAIRS), batch=4, epochs=1)
+    at(steps - 1)
+    with pytest.raises(ValueError, match=rf"step {steps} is beyond epochs=1 \({steps} steps\): use total_steps"):
+        at(steps)
+
+
+def test_wrong_arguments_are_named():
+    with pytest.raises(ValueError, match="kind: expected one of plain, shared, packed, got 'Plain'"):
+        plan_layout(PAIRS, kind="Plain", batch=4)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="no examples to lay out"):
+        plan_layout([], kind="packed", batch=4)
+    layout = plan_layout(PAIRS, kind="shared", batch=4)
+    with pytest.raises(ValueError, match="no examples to train on"):
+        train_batches([], layout=layout, batch=4, seed=0)
+    for refused in (
+        lambda: plan_layout(PAIRS, kind="packed", batch=0),
+        lambda: train_batches(PAIRS, layout=layout, batch=0, seed=0),
+        lambda: total_steps(len(PAIRS), batch=0, epochs=1),
+    ):
+        with pytest.raises(ValueError, match="batch: expected at least 1 example, got 0"):
+            refused()
+    with pytest.raises(TypeError, match=r"examples: expected their number, got list: give len\(examples\)"):
+        total_steps([1, 2], batch=1, epochs=1)  # pyright: ignore[reportArgumentType]

@@ -28,7 +28,7 @@ from dpo_jax.models.digest import WeightsDigest, weights_digest
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.models.folder import ADAPTER, adapter_base
 from dpo_jax.models.hf import load_hf, read_weights, save_hf, variable_shapes
-from dpo_jax.models.lora import LORA, WRITES, Lora, adapter_shapes, lora_model, lora_targets, new_adapter
+from dpo_jax.models.lora import LORA, WRITES, Lora, adapter_shapes, lora_model, lora_targets, merge_adapter, new_adapter
 from dpo_jax.models.partial import TRAINED, chosen_parameters, join, partial_model, split
 from dpo_jax.reference import reference_logps
 from dpo_jax.runtime.mesh import make_mesh
@@ -432,6 +432,32 @@ def test_a_base_model_refuses_an_adapter_that_nobody_scaled(base, rows):
     for function in (MODEL.forward, lambda *given: MODEL.decode(*given, MODEL.init_cache(len(rows.tokens), 64))):
         with pytest.raises(ValueError, match="take the model of lora_model"):
             jax.eval_shape(function, both, rows)
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (Lora(4, 6.0, LORA_ALL.targets[:-1]), "mlp/down only in the adapter"),
+        (Lora(2, 6.0, LORA_ALL.targets), "has rank 4, but lora.rank is 2"),
+    ],
+)
+def test_an_adapter_of_another_lora_is_refused(other, told, base, rows):
+    both = {**base, **ADAPTED.init(jax.random.key(1))}
+    with pytest.raises(ValueError, match=told):
+        merge_adapter(both, other)
+    with pytest.raises(ValueError, match=told):
+        jax.eval_shape(lora_model(MODEL, other).forward, both, rows)
+    few = {**base, LORA: new_adapter(MODEL.config, Lora(4, 6.0, LORA_ALL.targets[:-1]), jax.random.key(1))}
+    with pytest.raises(ValueError, match=r"mlp/down only in lora\.targets"):
+        merge_adapter(few, LORA_ALL)
+
+
+def test_a_model_of_ones_own_is_refused():
+    own = MODEL._replace(config=None)
+    with pytest.raises(ValueError, match="expected a model of load_hf or make_model, got one with config NoneType"):
+        lora_model(own, LORA_ALL)
+    with pytest.raises(ValueError, match="config: expected that of a model of load_hf or make_model, got NoneType"):
+        lora_targets("attention", own.config)
 
 
 @pytest.mark.parametrize("targets", ["attention", ("q_proj", "v_proj")])

@@ -298,7 +298,7 @@ def test_columns_of_the_data_reach_the_parts_of_a_loss(needed):
 
 
 def test_what_has_a_value_is_not_asked_for():
-    def loss(logps, ref_logps, *, lengths, weight=None):
+    def loss(logps, ref_logps, *, lengths, weight=1.0):
         return logps[:, 0] * lengths[:, 0], logps
 
     assert required_inputs(loss) == {"lengths"}

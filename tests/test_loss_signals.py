@@ -56,6 +56,18 @@ def test_lengths_are_those_of_real_pairs(name, kind, state):
     assert metrics["rewards/rejected"] == pytest.approx(LENGTHS[:, 1].mean())
 
 
+def test_a_keyword_that_would_stay_none_is_refused(state):
+    def loss(logps, ref_logps, *, lengths=None):
+        return ones(logps), jnp.ones_like(logps) if lengths is None else lengths
+
+    with pytest.raises(ValueError, match="lengths=None: the step supplies lengths to a loss only if that keyword has no"):
+        metrics_of(loss, state, rows_of("shared"))
+    assert metrics_of(functools.partial(loss, lengths=None), state, rows_of("shared"))["rewards/chosen"] == 1
+    rows = rows_of("shared")
+    column = rows.replace(extras={"lengths": np.full((len(rows.weight), 2), 3, np.float32)})
+    assert metrics_of(loss, state, column)["rewards/chosen"] == pytest.approx(3)
+
+
 @pytest.mark.parametrize("name", ["orpo", "cpo + 0.5*sigmoid_norm"])
 def test_the_objective_alone_takes_the_means_of_its_rows(name, state):
     rows, loss = rows_of("shared"), named_loss(name, beta=0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 
-from dpo_jax.losses import dpo_loss, ipo_loss, pair_accuracy, plackett_luce_loss, unlikelihood_loss
+from dpo_jax.losses import dpo_loss, implicit_rewards, ipo_loss, pair_accuracy, plackett_luce_loss, unlikelihood_loss
 
 CASES = json.loads((GOLDEN / "preference_loss.json").read_text())
 LOGPS = np.array([[-12.0, -15.0], [-80.5, -3.25], [-40.0, -40.0]])
@@ -291,3 +291,13 @@ def test_ties_count_half_and_rounding_is_a_tie(array):
 def test_a_ranking_is_right_where_its_best_is_above_its_worst():
     _, rewards = ranked_loss(RANKED, RANKED_REF, beta=0.1)
     assert pair_accuracy(rewards, RANKED, RANKED_REF).tolist() == [1, 0, 0.5]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, implicit_rewards, plackett_luce_loss])
+def test_sums_of_log_probabilities_in_16_bits_are_refused(loss, dtype):
+    """In bfloat16 both of these numbers are -402."""
+    logps = np.float32([[-401.3, -402.1]])
+    for name, given in (("logps", (logps.astype(dtype), logps)), ("ref_logps", (logps, jnp.asarray(logps, dtype)))):
+        with pytest.raises(TypeError, match=f"^{name}: expected float32, got {np.dtype(dtype).name}: sum"):
+            loss(*given, beta=0.1)

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -413,3 +414,29 @@ def test_under_pmap_a_step_needs_its_axis():
     step = functools.partial(dpo_step, model=MODEL, tx=TX, loss=LOSS)
     with pytest.raises(ValueError, match="a step needs axis_name"):
         pmap_partitioner().compile_step(step)
+
+
+@pytest.mark.parametrize("way", ["single device", "pmap 4", "data 4"])
+def test_arrays_that_another_partitioner_placed_are_told(way):
+    ways = {"single device": single_device, "pmap 4": pmap_partitioner}
+    ways["data 4"] = lambda: mesh_partitioner(make_mesh(data=4, fsdp=1))
+    value, rows = {"w": np.ones((3, 2), np.float32)}, np.ones((4, 3), np.float32)
+    mine, others = ways[way](), [make() for name, make in ways.items() if name != way]
+
+    def product(variables, rows):
+        return jnp.einsum("rk,ko->ro", rows, variables["w"])
+
+    step = mine.compile_step(lambda state, rows: (state, {"sum": product(state, rows).sum()}))
+    compiled = mine.compile_map(product)
+    for other in others:
+        placed = other.put_variables(value)
+        with pytest.raises(ValueError, match=r"^state: expected partitioner\.init_state\(.*got arrays placed in another way"):
+            step(placed, rows)
+        with pytest.raises(ValueError, match=r"^variables: expected partitioner\.put_variables\(variables\), got arrays"):
+            compiled(placed, rows)
+    right = mine.put_variables(value)
+    assert compiled(right, rows).shape == (4, 2)
+    with pytest.raises(ValueError, match="(?i)einsum|dot|size") as raised:  # an error of another cause stays what it is
+        compiled(right, np.ones((4, 5), np.float32))
+    assert "placed" not in str(raised.value)
+    step(right, rows)

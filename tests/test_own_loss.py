@@ -102,6 +102,11 @@ def test_a_file_is_a_module_and_known_as_it_was_loaded(tmp_path):
         ("def f(a, b, gain): ...", "f", r"mine.py:f: gain: neither an option \(beta, .* nor an input that the step has"),
         ("def f(a, b, *, gain): ...", "f", r"mine.py:f: gain: neither an option"),
         ("import nowhere_at_all\ndef f(a, b): ...", "f", r"mine.py:1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        (
+            "def f(a, b, *, lengths=None):\n  return a.sum(1), a",
+            "f",
+            r"lengths=None: the step supplies lengths",
+        ),
         ("def f(a, b):\n  return a @ b[:1]", "f", r"mine.py:2: TypeError: .*"),
         ("def f(a, b):\n  return a.sum()", "f", r"mine.py:f must return \(losses float\[P\], rewards float\[P, 2\]\)"),
         ("def f(a, b):\n  return a.mean(1), a[:, :1]", "f", r"for 2 pairs it returns \[\(2,\), \(2, 1\)\]"),

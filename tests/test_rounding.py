@@ -128,7 +128,7 @@ def test_updates_too_small_for_bfloat16_add_up():
     assert state.params["w"].dtype == jnp.bfloat16
     assert abs(found.mean() - 0.99) < 4 * found.std() / np.sqrt(len(found))
     assert found.std() < 0.008  # a random walk in steps of 1/256
-    with jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"), pytest.warns(UserWarning, match="most updates are smaller"):
         nearest = updated(optax.sgd(1e-4), params, grads, 100)
     assert (nearest.params["w"] == 1).all()
 
@@ -214,3 +214,12 @@ def test_it_is_of_training_all_weights():
     ):
         assert "applies only if all weights are trained" in dict(problems(config))["dpo.param_dtype"]
     assert "dpo.param_dtype" not in dict(problems(Config(dpo=DpoConfig(param_dtype="bfloat16"))))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_updates_that_rounding_would_lose_are_warned_of(dtype):
+    params, tx = {"w": jnp.ones(2, dtype), "b": jnp.ones(2)}, optax.sgd(1e-3)
+    with pytest.warns(UserWarning, match=rf"trained parameters are {np.dtype(dtype).name}: .*stochastic_rounding\(tx\)"):
+        init_state(params, tx)
+    init_state(params, stochastic_rounding(tx))  # a warning would be an error
+    init_state({"w": jnp.ones(2)}, tx, frozen={"base": params})

@@ -227,8 +227,22 @@ def test_any_of_several_tokens_ends_a_row():
     np.testing.assert_array_equal(samples.tokens, [[3, 0, 0, 0]] * 2)
     scored = jax.nn.log_softmax(jnp.array([0.0, 1.0, 0.0, 9.0]))[3]
     np.testing.assert_allclose(samples.logps, [scored] * 2, atol=1e-6)  # the token that ends a row, and nothing behind it
-    with pytest.raises(ValueError, match="eos_id is empty"):
-        drawn(())
+    np.testing.assert_array_equal(drawn(np.array([0, 3])).tokens, samples.tokens)
+    np.testing.assert_array_equal(drawn(np.int64(3)).lengths, [1, 1])
+    for none, told in (((), "empty"), (None, "None; use -1 to sample without EOS")):
+        with pytest.raises(ValueError, match=f"eos_id is {told}"):
+            drawn(none)
+
+
+def test_prompts_may_be_lists_and_options_are_static():
+    model, variables = tiny("gpt_neox")
+    prompts, lengths = left_pad(PROMPTS)
+    run = functools.partial(generate, model, max_new_tokens=2, eos_id=EOS)
+    expected = jax.jit(run)(variables, prompts, lengths, jax.random.key(0))
+    found = run(variables, prompts.tolist(), lengths.tolist(), jax.random.key(0))
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    with pytest.raises(TypeError, match="temperature: expected a Python number, got a traced value: bind it with partial"):
+        jax.eval_shape(lambda t: run(variables, prompts, lengths, jax.random.key(0), temperature=t), 0.7)
 
 
 def equations(jaxpr, *, inside=False):

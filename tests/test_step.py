@@ -483,10 +483,10 @@ def test_a_pair_loss_on_rankings_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (lambda losses, rewards: (losses[:, None], rewards), r"loss has the shape \(8, 1\)"),
+        (lambda losses, rewards: (losses[:, None], rewards), r"loss: expected a value .* got shape \(8, 1\)"),
         (
             lambda losses, rewards: (losses.mean(), rewards),
-            r"loss has the shape \(\), and one value for each of the 8 examples",
+            r"loss: expected a value for each of 8 examples, got shape \(\)",
         ),
         (lambda losses, rewards: losses, r"a loss returns \(losses \[P\], rewards \[8, 2\]\), not \(8,\)"),
         (lambda losses, rewards: (losses, rewards[:, 0]), r"rewards \[8, 2\]\), not \(\(8,\), \(8,\)\)"),

@@ -22,7 +22,7 @@ from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reference import ForeignCache
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints
-from dpo_jax.runtime.fit import Evaluation, Preempted
+from dpo_jax.runtime.fit import Evaluation, NonFinite, Preempted
 from dpo_jax.runtime.metrics import is_evaluation, read_metrics
 from dpo_jax.runtime.parallel import single_device
 from dpo_jax.runtime.rundir import RunLocked
@@ -139,9 +139,8 @@ def small(folder, stop=3, *, fingerprint=None, **options):
     state = partitioner.put_state(init_state(np.float32(0), dpo_jax.make_optimizer(lambda step: 0.0)))
     say = options.pop("say", lambda line: None)
     fingerprint = {"by": 1.0} if fingerprint is None else fingerprint
-    return train(
-        step, state, lambda i: np.float32(1), folder=folder, total_steps=stop, fingerprint=fingerprint, say=say, **options
-    )
+    stream = options.pop("stream", lambda i: np.float32(1))
+    return train(step, state, stream, folder=folder, total_steps=stop, fingerprint=fingerprint, say=say, **options)
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path):
@@ -221,6 +220,76 @@ def test_it_evaluates_before_the_first_step_if_asked_and_only_once(tmp_path):
     assert rows[0] == {"step": 0, "eval/sum": 0.0}
     assert [row["step"] for row in rows if is_evaluation(row)] == seen
     assert [row["step"] for row in rows if not is_evaluation(row)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("leaf", "refused"),
+    [
+        (jax.random.key(0), r"state\.params\.extra: expected an array of numbers, got key<fry>.*jax\.random\.key_data"),
+        (3, r"state\.params\.extra: expected an array, got int: make it one"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_refused_before_the_first_step(tmp_path, leaf, refused):
+    state = init_state({"w": jnp.float32(0), "extra": jnp.float32(0)}, dpo_jax.make_optimizer(1.0))
+    state = state.replace(params={"w": jnp.float32(0), "extra": leaf})
+    with pytest.raises(ValueError, match=refused):
+        train(pytest.fail, state, pytest.fail, folder=tmp_path / "run", total_steps=1, fingerprint={})
+    with Checkpoints(tmp_path / "other") as checkpoints, pytest.raises(ValueError, match=refused):
+        checkpoints.save(0, state, {})
+
+
+@pytest.mark.parametrize("stream", [[np.float32(1)] * 3, iter([np.float32(1)] * 3)])
+def test_a_stream_that_is_no_function_is_refused(tmp_path, stream):
+    with pytest.raises(TypeError, match=r"stream: expected a function, got list.*: stream\(i\) gives the batch of step i"):
+        small(tmp_path, stream=stream)
+
+
+def test_a_stream_that_ends_is_named_with_its_step(tmp_path):
+    batches = iter([np.float32(1)] * 2)
+    with pytest.raises(RuntimeError, match=r"stream\(2\) raised StopIteration: it must give the batch of any step"):
+        small(tmp_path, stream=lambda i: next(batches))
+    assert small(tmp_path, stream=([np.float32(1)] * 3).__getitem__).step == 3
+
+
+def test_the_state_is_saved_before_an_error_of_an_evaluation_ends_the_run(tmp_path):
+    seen = []
+
+    def evaluate(state, done):
+        seen.append(done)
+        if seen == [2]:
+            raise KeyError("test set")
+        return {"sum": state.params}
+
+    evaluation = Evaluation(evaluate, every=2)
+    with pytest.raises(KeyError) as raised:
+        small(tmp_path, 4, evaluation=evaluation)
+    assert raised.value.__notes__ == ["The evaluation after 2 steps failed. The state is saved."]
+    small(tmp_path, 4, evaluation=evaluation)
+    assert seen == [2, 2, 4]
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["eval/sum"]) for row in rows if is_evaluation(row)] == [(2, 2.0), (4, 4.0)]
+    assert [row["step"] for row in rows if not is_evaluation(row)] == [0, 1, 2, 3]
+
+
+def test_a_state_with_values_that_are_not_finite_is_not_saved(tmp_path):
+    with pytest.raises(NonFinite):
+        small(tmp_path, 4, evaluation=Evaluation(lambda state, done: {"sum": np.nan}))
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() is None
+
+
+@pytest.mark.parametrize(
+    ("found", "got"),
+    [
+        (None, "got NoneType"),
+        ({"x": np.ones(2)}, r"got ndarray of shape \[2\] for 'x'"),
+        ({"x": "high"}, "got str for 'x'"),
+        ({"x": None}, "got NoneType for 'x'"),
+    ],
+)
+def test_an_evaluation_that_returns_no_numbers_is_named(tmp_path, found, got):
+    with pytest.raises(TypeError, match=rf"evaluation\.measure: expected {{name: number}}, {got}"):
+        small(tmp_path, 2, evaluation=Evaluation(lambda state, done: found))
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path):

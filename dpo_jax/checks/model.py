@@ -43,6 +43,7 @@ def check_model(
 
     First, tokens are changed in places that a given token must not see: padding, other rows, outside `[k_start, k_end)`. Its
     hidden state must not change. Then log-probabilities and gradients of `layouts` are compared with those of plain rows.
+    It does not know the sizes of your tables, so it passes a model that clamps positions beyond them.
 
     Args:
       encoded: two or more pairs of your data; eight are enough. All their rows are in memory at once.

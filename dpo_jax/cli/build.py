@@ -335,8 +335,8 @@ def _try_loss(loss: PreferenceLoss, name: str, file: Path) -> None:
     pairs = np.zeros((2, 2), np.float32)
     signals = {signal: pairs for signal in ("lengths", "mean_lengths", "aligned_logps")}
     signals |= {signal: pairs[:, 0] for signal in ("weight", "desirable")}
-    needed = {signal: value for signal, value in signals.items() if signal in required_inputs(loss)}
     try:
+        needed = {signal: signals[signal] for signal in required_inputs(loss)}
         found = jax.eval_shape(loss, pairs, pairs, **needed)
         shapes = [tuple(one.shape) for one in found] if isinstance(found, tuple) else found
     except Exception as error:

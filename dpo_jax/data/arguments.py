@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from dpo_jax.data.encode import Encoded
+from dpo_jax.data.groups import PairGroup
 
 LARGEST_ID = np.iinfo(np.int32).max
+KINDS = ("plain", "shared", "packed")
 
 
 def check_pairs(pairs: Any, *, name: str = "pairs") -> None:
@@ -95,10 +97,31 @@ def check_mismatched(examples: Sequence[Any]) -> None:
         )
 
 
-def check_ref_logps(ref_logps: Any, expected: tuple[int, ...], *, of: str) -> None:
-    """Raises ValueError unless `ref_logps` has the shape `expected`: reshaping would assign values to the wrong pairs."""
+def check_ref_logps(ref_logps: Any, examples: Sequence[Any], *, pairs: int) -> None:
+    """Raises ValueError unless `ref_logps` is [E, K] for pairs or rankings, or [E, `pairs`, 2] for groups: reshaping, or values
+    of other examples, would assign values to the wrong pairs. Texts have none, and are not checked."""
+    first = examples[0] if len(examples) else None
+    if isinstance(first, PairGroup):
+        expected, of = (len(examples), pairs, 2), "the pairs of each group, chosen first"
+    elif isinstance(first, Encoded):
+        expected = (len(examples), len(first.completions))
+        of = "one row for each pair, chosen first" if expected[1] == 2 else "one row for each ranking, best first"
+    else:
+        return
     if np.shape(ref_logps) != expected:
         raise ValueError(f"ref_logps has shape {np.shape(ref_logps)}, but {list(expected)} is expected: {of}")
+
+
+def check_kind(kind: Any) -> None:
+    """Raises ValueError unless `kind` is one of the kinds of rows."""
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+
+
+def check_batch(batch: Any) -> None:
+    """Raises ValueError unless a batch has at least one example."""
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1 example, got {batch}")
 
 
 def _check_sequence(value: Any, items: str, *, name: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from dpo_jax.data.arguments import check_completions, check_ids, check_mismatched, check_pairs, check_ref_logps
+from dpo_jax.data.arguments import check_completions, check_ids, check_kind, check_mismatched, check_pairs, check_ref_logps
 from dpo_jax.data.encode import Encoded, PromptImages
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.segments import Completion, Unit, completion_unit, group_size, group_unit, place_units, shared_unit
@@ -150,8 +150,6 @@ def ranking_rows(rankings: Sequence[Ranking], *, length: int, ref_logps: Array |
         longest = len(prompt) + max(len(completion) for completion in completions)
         if longest > length:
             raise ValueError(f"ranking {number}: needs rows of {longest} tokens, but they hold {length}; raise the row length")
-    if ref_logps is not None:
-        check_ref_logps(ref_logps, (len(rankings), places), of=f"there are {len(rankings)} rankings of {places} completions")
     encoded = [Encoded(prompt, best, worst, between=tuple(between)) for prompt, (best, *between, worst) in rankings]
     layout = Layout("plain", length=length, scored=length)
     return layout.rows(encoded, ref_logps=ref_logps, at_least=places * at_least)
@@ -187,6 +185,9 @@ class Layout:
     """A fixed shape for the batches of a run, so that few programs are compiled.
 
     Groups of pairs are laid out like pairs. A group stays in one row even in kind plain, each completion after its own prompt.
+
+    >>> Layout("shared", length=96, scored=64).rows(encoded).tokens.shape
+    (2, 96)
     """
 
     kind: Literal["plain", "shared", "packed"]
@@ -199,6 +200,9 @@ class Layout:
     row_counts: tuple[int, ...] = ()  # ascending; R is then padded to the next of these, so that few shapes are compiled
     image_shape: tuple[int, int] = (0, 0)  # M and W of `RowImages`: columns for image tokens in a row, and their width
     microbatches: int = 1  # on one device: equal parts of a batch, of which `step.mean_grads` skips those of empty rows
+
+    def __post_init__(self) -> None:
+        check_kind(self.kind)
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Layout:
@@ -261,11 +265,7 @@ class Layout:
         mine = index[here.start // each : here.stop // each]
         rows = rows.replace(index=mine.reshape(-1), weight=(mine.reshape(-1) >= 0).astype(np.float32))
         if ref_logps is not None:
-            if groups:
-                check_ref_logps(ref_logps, (len(groups), self.pairs, 2), of="the pairs of each group, chosen first")
-            elif pairs:
-                of = "one row for each pair, chosen first" if places == 2 else "one row for each ranking, best first"
-                check_ref_logps(ref_logps, (len(examples), places), of=of)
+            check_ref_logps(ref_logps, examples, pairs=self.pairs)
             values = np.asarray(ref_logps, np.float32).reshape(-1, places if pairs else 2)
             rows = rows.replace(ref_logps=examples_to_rows(values, rows))
         if isinstance(first, Encoded) and first.desirable is not None:

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dpo_jax.data.arguments import check_batch, check_ref_logps
 from dpo_jax.data.encode import Encoded, count_scored
 from dpo_jax.data.groups import PairGroup
 from dpo_jax.data.layout import Completion, Example, Layout, first_fit_decreasing, image_tokens, images_of, places_of
@@ -45,6 +46,9 @@ def total_steps(examples: int, *, batch: int, epochs: float, behind: int = 0) ->
     >>> total_steps(100, batch=32, epochs=3)
     10
     """
+    if not isinstance(examples, int | np.integer):
+        raise TypeError(f"examples: expected their number, got {type(examples).__name__}: give len(examples)")
+    check_batch(batch)
     return math.ceil((seen_in(epochs, examples) + behind) / batch)
 
 
@@ -97,12 +101,25 @@ def train_batches(
     >>> batches = train_batches(encoded, layout=plan_layout(encoded, kind="shared", batch=2), batch=2, seed=0)
     >>> batches(0).rows.weight
     array([1., 1.], dtype=float32)
+
+    ValueError: no examples, `ref_logps` of another shape, another number of `uids`, or a step beyond `epochs`.
     """
+    check_batch(batch)
+    if not len(examples):
+        raise ValueError("there are no examples to train on")
+    if ref_logps is not None:  # otherwise values could be those of other examples: they are joined by place
+        check_ref_logps(ref_logps, examples, pairs=layout.pairs)
+    if uids is not None and len(uids) != len(examples):
+        raise ValueError(f"uids: expected one for each of the {len(examples)} examples, got {len(uids)}")
 
     def at(step: int) -> Batch:
+        indices = batch_indices(len(examples), batch=batch, seed=seed, step=step, epochs=epochs, behind=behind)
+        if not len(indices):  # only if the stream ends
+            steps = total_steps(len(examples), batch=batch, epochs=epochs or 0, behind=behind)
+            raise ValueError(f"step {step} is beyond epochs={epochs} ({steps} steps): use total_steps(...)")
         return make_batch(
             examples,
-            batch_indices(len(examples), batch=batch, seed=seed, step=step, epochs=epochs, behind=behind),
+            indices,
             layout=layout,
             batch=batch,
             ref_logps=ref_logps,
@@ -117,6 +134,11 @@ def eval_batches(examples: Sequence[Example], *, layout: Layout, batch: int, par
     """Batches that contain every example once, in order: for evaluation and the reference pass (`Batch.of_examples`).
 
     The next batch is made in a thread while the caller works on one.
+
+    >>> [batch] = eval_batches(encoded, layout=plan_layout(encoded, kind="shared", batch=2), batch=2)
+    >>> numbers, values = batch.of_examples(completion_logps(model, variables, batch.rows))
+    >>> numbers.tolist(), values.shape
+    ([0, 1], (2, 2))
     """
 
     def build(start: int) -> Batch:
@@ -203,6 +225,9 @@ def plan_layout(
     >>> layout.place(encoded)[0].tokens.shape[1] == layout.length
     True
     """
+    check_batch(batch)
+    if not len(examples):
+        raise ValueError("there are no examples to lay out in rows")
     sizes = np.array([_size(example, plain=kind == "plain") for example in examples])  # [E, (tokens, scored)]
     longest, most_scored = sizes.max(axis=0)
     image_shape = image_shape_of(examples)

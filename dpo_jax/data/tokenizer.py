@@ -44,6 +44,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eos: str = "<|endo
     `vocab_size` is an upper bound (few texts have few merges), at least 257: the bytes, and `eos`, which is token 0, also the
     BOS, and never added by encoding. There is no padding token, because masks are made from lengths. A word of more than
     `LONGEST_WORD` characters is split into several.
+
+    >>> tokenizer = train_tokenizer(["The film was a delight.", "The film was a bore."], vocab_size=270)
+    >>> tokenizer.decode(tokenizer.encode("a new film"))
+    'a new film'
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -26,6 +26,11 @@ def held_out_logps(logps: Callable[[Any], np.ndarray], batches: Iterable[Batch],
     rankings [.., K].
 
     Raises `NonFiniteLogps`, naming the first pair with a value that is NaN or infinite.
+
+    >>> layout, logps_of = plan_layout(encoded, kind="packed", batch=2), jax.jit(partial(completion_logps, model))
+    >>> batches = eval_batches(encoded, layout=layout, batch=2)
+    >>> held_out_logps(lambda rows: logps_of(variables, rows), batches, pairs=len(encoded)).shape
+    (2, 2)
     """
     result = np.zeros((0, 2), np.float32)
     with reported("evaluating", total=pairs, unit="pairs", brief=True) as task:
@@ -75,6 +80,10 @@ def preference_summary(
 
     A pair counts as right if the implicit reward of the chosen completion is higher, and as half right in a tie
     (`losses.pair_accuracy`): a policy equal to its reference has accuracy 0.5.
+
+    >>> logps, ref_logps = np.array([[-12.0, -15.0], [-9.0, -8.0]]), np.array([[-14.0, -13.0], [-9.0, -8.0]])
+    >>> preference_summary(logps, ref_logps, loss=partial(dpo_loss, beta=0.5))["rewards/accuracies"]
+    0.75
     """
     logps, ref_logps = np.asarray(logps), np.asarray(ref_logps)
     signals = whole_set_signals(loss, lengths, pairs=len(logps), desirable=desirable)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,30 @@ is 2, or the length of a ranking. `signals` are its keyword arguments without a 
 extra columns of the batch (`Rows.extras`)."""
 
 
-def required_inputs(loss: Callable[..., Any]) -> frozenset[str]:
-    """The `SIGNALS` that a loss takes: its keyword arguments of those names without a default.
+def required_inputs(loss: Callable[..., Any], *, columns: Collection[str] = ()) -> frozenset[str]:
+    """The `SIGNALS` that a loss takes: its keyword arguments of those names without a default, but for `columns` of the batch.
+
+    ValueError if one has the default None and nobody gives it a value: it would stay None, without a word.
 
     >>> sorted(required_inputs(partial(length_normalized_loss, beta=5.0)))
     ['lengths']
     """
     parameters = inspect.signature(loss).parameters
-    return frozenset(name for name in SIGNALS if name in parameters and parameters[name].default is inspect.Parameter.empty)
+    taken = {name: parameters[name].default for name in SIGNALS if name in parameters and name not in columns}
+    if unset := sorted(name for name, default in taken.items() if default is None and name not in _bound(loss)):
+        raise ValueError(
+            f"{unset[0]}=None: the step supplies {unset[0]} to a loss only if that keyword has no default. Remove the default, "
+            f"or bind a value: partial(loss, {unset[0]}=...)"
+        )
+    return frozenset(name for name, default in taken.items() if default is inspect.Parameter.empty)
+
+
+def _bound(loss: Callable[..., Any]) -> set[str]:
+    """The keywords to which `functools.partial` has bound values."""
+    found: set[str] = set()
+    while isinstance(loss, functools.partial):
+        found, loss = found | {*loss.keywords}, loss.func
+    return found
 
 
 def named_loss(text: str, **options: Any) -> PreferenceLoss:

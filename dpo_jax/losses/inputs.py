@@ -17,12 +17,13 @@ def implicit_rewards(logps: Array, ref_logps: Array, *, beta: float | Array) -> 
     """The implicit reward `beta * log(pi / pi_ref)` (eq. 5), float[P, K], without gradient. It is the reward that the policy
     maximizes under a KL penalty to the reference.
 
-    `logps` and `ref_logps` are float[P, K] in nats. Rewards are known up to a constant per prompt: compare them only within a
+    `logps` and `ref_logps` are float32[P, K] in nats. Rewards are known up to a constant per prompt: compare them only within a
     prompt.
 
     >>> print(implicit_rewards(np.array([[-12.0, -15.0]]), np.array([[-14.0, -13.0]]), beta=0.5))
     [[ 1. -1.]]
     """
+    _check_float32(logps, ref_logps)
     return jax.lax.stop_gradient(column(beta) * (jnp.asarray(logps) - jnp.asarray(ref_logps)))
 
 
@@ -66,7 +67,10 @@ def pairs_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
 
 
 def arrays_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
-    """Both as arrays of one shape [P, K]. The shapes are checked, because accidental broadcasting would give a wrong loss."""
+    """Both as arrays of one shape [P, K]. The shapes are checked, because accidental broadcasting would give a wrong loss.
+
+    TypeError for bfloat16 and float16.
+    """
     if np.ndim(logps) != 2:
         raise ValueError(
             f"logps has shape {np.shape(logps)}; a loss takes log-probabilities [P, 2], one row for each pair, chosen first: "
@@ -74,7 +78,18 @@ def arrays_of(logps: Array, ref_logps: Array) -> tuple[jax.Array, jax.Array]:
         )
     if np.shape(ref_logps) != np.shape(logps):
         raise ValueError(f"ref_logps has shape {np.shape(ref_logps)} and logps {np.shape(logps)}: they must be equal")
+    _check_float32(logps, ref_logps)
     return jnp.asarray(logps), jnp.asarray(ref_logps)
+
+
+def _check_float32(logps: Array, ref_logps: Array) -> None:
+    """Raises TypeError for 16-bit floats: a sum of some hundred nats would be rounded by about as much as rewards differ."""
+    for name, values in (("logps", logps), ("ref_logps", ref_logps)):
+        dtype = getattr(values, "dtype", None)
+        if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+            raise TypeError(
+                f"{name}: expected float32, got {dtype}: sum log-probabilities in float32, or rounding dominates rewards"
+            )
 
 
 def lengths_of(lengths: Array, logps: jax.Array) -> jax.Array:

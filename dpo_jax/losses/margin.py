@@ -31,8 +31,8 @@ def dpo_loss(
     """Direct Preference Optimization: `-log sigmoid(beta * margin)` (Rafailov et al. 2023, eq. 7).
 
     Args:
-      logps: float[P, 2], log pi(y|x) in nats, chosen first.
-      ref_logps: float[P, 2], the same for the reference.
+      logps: float32[P, 2], log pi(y|x) in nats, chosen first; 16-bit floats are a TypeError.
+      ref_logps: float32[P, 2], the same for the reference.
       beta: KL penalty coefficient, float or float[P]; a smaller beta lets the policy move further from the reference.
       label_smoothing: assumed share of flipped labels in [0, 0.5), float or float[P] (conservative DPO, Mitchell 2023).
       reference_free: the loss uses a uniform reference. Rewards are still measured against `ref_logps`, as in the original.

@@ -84,6 +84,11 @@ def lora_model(model: Model, lora: Lora) -> Model:
     0.6931 merged
     """
 
+    if not isinstance(model.config, DecoderConfig):
+        raise ValueError(
+            f"lora_model: expected a model of load_hf or make_model, got one with config {type(model.config).__name__}: "
+            "dpo_jax/README.md shows LoRA on a model of your own"
+        )
     if isinstance(lora.targets, str) or not {*lora.targets} <= {*KERNELS}:
         raise ValueError(
             f"lora.targets are {lora.targets!r}, but kernels are named {', '.join(KERNELS)}: give a tuple of them, as from "
@@ -93,6 +98,7 @@ def lora_model(model: Model, lora: Lora) -> Model:
     def scaled(variables: Variables) -> Variables:
         if LORA not in variables:
             return variables
+        _check_adapter(variables[LORA], lora)
 
         def of(path: Sequence[Any], leaf: jax.Array) -> jax.Array:
             # Both are computed: where a scan reads parameters as they are beside computed ones, the transpose that adds to refs
@@ -126,6 +132,7 @@ def merge_adapter(variables: Variables, lora: Lora) -> Variables:
     """
     if LORA not in variables:
         return variables
+    _check_adapter(variables[LORA], lora)
     layers = {room: dict(parts) for room, parts in variables["params"]["layers"].items()}
     for target in lora.targets:
         room, name = target.split("/")
@@ -134,6 +141,19 @@ def merge_adapter(variables: Variables, lora: Lora) -> Variables:
         layers[room][name] = {**module, "kernel": module["kernel"].astype(jnp.float32) + lora.scale * change}
     others = {name: tree for name, tree in variables.items() if name != LORA}
     return {**others, "params": {**variables["params"], "layers": layers}}
+
+
+def _check_adapter(adapter: Variables, lora: Lora) -> None:
+    """Raises ValueError if an adapter is not one of `lora`: kernels would be left out, or scaled by another rank."""
+    layers = adapter["layers"][0] if isinstance(adapter["layers"], tuple) else adapter["layers"]  # unstacked, for decoding
+    kernels = {f"{room}/{name}": pair for room, pairs in layers.items() for name, pair in pairs.items()}
+    if different := sorted({*kernels} ^ {*lora.targets}):
+        where = [f"{kernel} only in {'the adapter' if kernel in kernels else 'lora.targets'}" for kernel in different]
+        raise ValueError(f"the adapter in variables['lora'] is not one of this Lora: {', '.join(where)}")
+    ranks = sorted({pair["a"].shape[-1] for pair in kernels.values()})
+    if ranks != [lora.rank]:
+        found = ", ".join(map(str, ranks))
+        raise ValueError(f"the adapter in variables['lora'] has rank {found}, but lora.rank is {lora.rank}")
 
 
 def adapter_shapes(config: DecoderConfig, lora: Lora) -> Variables:

@@ -22,6 +22,8 @@ def lora_targets(names: str, config: DecoderConfig) -> tuple[str, ...]:
     >>> lora_targets("attention", decoder.config)
     ('attention/query', 'attention/key', 'attention/value', 'attention/out')
     """
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(f"config: expected that of a model of load_hf or make_model, got {type(config).__name__}")
     known: dict[str, list[str]] = {"all": [], "attention": [], "mlp": []}
     for hf, ours in modules(config).items():
         for kernel in ours:

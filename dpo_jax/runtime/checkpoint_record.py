@@ -40,11 +40,18 @@ def record_digest(record: Mapping[str, Any]) -> str:
 
 def named(state: Any) -> Leaves:
     """Leaves by dotted path, in tree order. Containers without leaves (`optax.EmptyState`) are restored from the target
-    tree."""
+    tree. ValueError naming a leaf that cannot be saved."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
         raise ValueError("two leaves of the state have the same dotted path")
+    for name, leaf in named.items():
+        where = f"state.{name}".rstrip(".")  # the tree may be a single leaf
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise ValueError(f"{where}: expected an array, got {type(leaf).__name__}: make it one, or it cannot be saved")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+            remedy = "keep jax.random.key_data(key), and use jax.random.wrap_key_data in the step"
+            raise ValueError(f"{where}: expected an array of numbers, got {leaf.dtype}, which cannot be saved: {remedy}")
     return named
 
 

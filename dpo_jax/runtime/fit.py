@@ -109,7 +109,7 @@ def fit(
 
     The metrics of a step are read while the device computes the next one, and always before anything is saved. `evaluation`
     and `refresh` should call `pauses.pause` regularly: a signal then ends them there. An evaluation that was interrupted is not
-    logged; the state is saved without it.
+    logged; the state is saved without it, and also (by a single host) before an exception of the evaluation is re-raised.
 
     Raises NonFinite (and writes `bad_batch.json` beside the log), Preempted, and whatever stream, check and evaluation raise.
     """
@@ -135,11 +135,19 @@ def fit(
         try:
             with reported("evaluating", brief=True), pausing(pause):
                 found = evaluation.measure(state, done)
+            rows.add_evaluation(done, found)
+            rows.restart_clock()
+            verdict = Verdict() if evaluation.watch is None else evaluation.watch(done, found)
         except _Interrupted as interrupted:
             return Verdict(), interrupted.number
-        rows.add_evaluation(done, found)
-        rows.restart_clock()
-        verdict = Verdict() if evaluation.watch is None else evaluation.watch(done, found)
+        except NonFinite:  # the state may be to blame
+            raise
+        except Exception as error:
+            # Several hosts would have to save together, but the error may be that of one.
+            if done > start and checkpoints is not None and jax.process_count() == 1:
+                save(done, wait=True)
+                error.add_note(f"The evaluation after {done} steps failed. The state is saved.")
+            raise
         return verdict._replace(save=verdict.save or SAVE in requests), 0
 
     def save(done: int, *, wait: bool) -> None:

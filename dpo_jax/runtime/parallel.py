@@ -22,6 +22,7 @@ from dpo_jax.runtime.mesh import (
     tree_shardings,
     variable_shardings,
 )
+from dpo_jax.runtime.placement import is_committed, is_on, told_of_state, told_of_variables
 from dpo_jax.types import Model, Partitioner, Rows, TrainState, Variables, init_shapes
 
 
@@ -37,13 +38,18 @@ def single_device(device: Any = None) -> Partitioner:
     def put(tree):
         return jax.device_put(tree, target, may_alias=False)
 
+    def placed(leaf):
+        return not is_committed(leaf) or leaf.sharding.device_set == {target}
+
     def compile_map(fn):
         compiled = jax.jit(fn, compiler_options=_map_options(target))
-        return lambda variables, rows: jax.device_get(compiled(variables, jax.device_put(rows, target)))
+        return told_of_variables(
+            lambda variables, rows: jax.device_get(compiled(variables, jax.device_put(rows, target))), placed
+        )
 
     def compile_step(step):
         compiled = jax.jit(step, donate_argnums=0)
-        return lambda state, rows: compiled(state, jax.device_put(rows, target))
+        return told_of_state(lambda state, rows: compiled(state, jax.device_put(rows, target)), placed)
 
     return Partitioner(
         axis_name=None,
@@ -90,6 +96,9 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
     def get(tree):
         return jax.tree.map(lambda leaf: np.asarray(_first_shard(leaf)), tree)
 
+    def placed(leaf):
+        return np.shape(leaf)[:1] == (count,)
+
     def compile_step(step):
         _check_axis_name(step)
         compiled = jax.pmap(step, axis_name="data", devices=devices, donate_argnums=0)
@@ -98,7 +107,7 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
             state, metrics = compiled(state, split_rows(rows, count))
             return state, jax.tree.map(_first_shard, metrics)
 
-        return run
+        return told_of_state(run, placed)
 
     def compile_map(fn):
         compiled = jax.pmap(fn, axis_name="data", devices=devices)
@@ -107,14 +116,17 @@ def pmap_partitioner(devices: Sequence[Any] | None = None) -> Partitioner:
             mine = jax.tree.map(_join, jax.device_get(compiled(variables, split_rows(rows, count))))
             return mine if part[1] == 1 else jax.tree.map(all_gather, mine)
 
-        return run
+        return told_of_variables(run, placed)
+
+    def init_state(make, variables):
+        return told_of_variables(jax.pmap(make, axis_name="data", devices=devices, donate_argnums=0), placed)(variables)
 
     return Partitioner(
         axis_name="data",
         row_shards=count * part[1],
         compile_step=compile_step,
         compile_map=compile_map,
-        init_state=lambda make, variables: jax.pmap(make, axis_name="data", devices=devices, donate_argnums=0)(variables),
+        init_state=init_state,
         put_state=put,
         get_state=get,
         saved_shapes=functools.partial(jax.tree.map, lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)),
@@ -206,7 +218,7 @@ def mesh_partitioner(mesh: Mesh, model: Model | None = None, *, units: Units | N
             with jax.set_mesh(mesh):
                 return jax.device_get(compiled(variables, put_rows(rows)))
 
-        return run
+        return told_of_variables(run, lambda leaf: not is_committed(leaf) or is_on(mesh, leaf))
 
     return Partitioner(
         axis_name=None,
@@ -284,19 +296,24 @@ class _MeshStep:
 
     def __init__(self, step: Callable[..., Any], mesh: Mesh, put_rows: Callable[[Any], Any]):
         self._step, self._mesh, self._put_rows, self._jit = step, mesh, put_rows, None
+        self._checked = told_of_state(self._run, functools.partial(is_on, mesh))
 
     def __call__(self, state: Any, rows: Any) -> Any:
+        return self._checked(state, rows)
+
+    def _run(self, state: Any, rows: Any) -> Any:
         with jax.set_mesh(self._mesh):
-            return self._compiled(state)(state, self._put_rows(rows))
+            compiled = self._compiled(state)
+            result = compiled(state, self._put_rows(rows))
+        self._jit = compiled  # not before: it is that of a state placed as this mesh needs it
+        return result
 
     def lower(self, state: Any, rows: Any) -> Any:
         with jax.set_mesh(self._mesh):
             return self._compiled(state).lower(state, self._put_rows(rows))
 
     def _compiled(self, state: Any) -> Any:
-        if self._jit is None:
-            self._jit = jit_step(self._step, state, self._mesh)
-        return self._jit
+        return jit_step(self._step, state, self._mesh) if self._jit is None else self._jit
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:

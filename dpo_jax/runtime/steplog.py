@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dpo_jax.runtime.metrics import MetricsLog
 from dpo_jax.runtime.rundir import write_json
@@ -39,6 +40,21 @@ class _Step(NamedTuple):
     uids: Sequence[str]
     stats: Mapping[str, float]
     metrics: Mapping[str, Any]
+
+
+def measured(metrics: Any) -> dict[str, float]:
+    """What `Evaluation.measure` returned, as floats. TypeError, naming the metric, unless it is {name: number}."""
+    if not isinstance(metrics, Mapping):
+        raise TypeError(f"evaluation.measure: expected {{name: number}}, got {type(metrics).__name__}")
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError) as error:
+            shape = f" of shape {list(np.shape(value))}" if np.ndim(value) else ""
+            kind = f"{type(value).__name__}{shape}"
+            raise TypeError(f"evaluation.measure: expected {{name: number}}, got {kind} for {name!r}") from error
+    return numbers
 
 
 class StepLog:
@@ -103,8 +119,8 @@ class StepLog:
             self._progress.step(row)
 
     def add_evaluation(self, done: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the row of an evaluation after `done` steps, with the prefix `eval/`."""
-        row = {"step": done, **{f"eval/{name}": float(value) for name, value in metrics.items()}}
+        """Writes the row of an evaluation after `done` steps, with the prefix `eval/`. TypeError: see `measured`."""
+        row = {"step": done, **{f"eval/{name}": value for name, value in measured(metrics).items()}}
         if self._log is not None:
             self._log.write(row)
         if self._progress is not None:

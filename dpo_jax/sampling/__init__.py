@@ -86,7 +86,8 @@ def generate(
     cache_dtype: Any = None,
     images: RowImages | None = None,
 ) -> Samples:
-    """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it.
+    """Sample K = `completions` of every prompt (`prompts` int32[B, Lp] and `lengths` int32[B] from `left_pad`). Pure: jit it,
+    with its numbers, such as `temperature`, bound by `partial`: they are part of the program.
 
     Returns `Samples` of B * K rows, those of a prompt side by side. Each prompt is read once.
 
@@ -125,12 +126,18 @@ def generate(
     init_cache, decode = model.init_cache, model.decode
     if init_cache is None or decode is None:
         raise ValueError("sampling needs a model with init_cache and decode (see types.Model)")
+    prompts, lengths = (x if hasattr(x, "shape") else np.asarray(x) for x in (prompts, lengths))
+    static = {"max_new_tokens": max_new_tokens, "eos_id": eos_id, "completions": completions, "temperature": temperature}
+    if traced := sorted(name for name, x in (static | {"top_k": top_k, "top_p": top_p}).items() if isinstance(x, Tracer)):
+        raise TypeError(f"{traced[0]}: expected a Python number, got a traced value: bind it with partial before jit")
     if max_new_tokens < 1 or completions < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"max_new_tokens={max_new_tokens} and completions={completions} must be at least 1, temperature={temperature} and "
             f"top_k={top_k} at least 0, top_p={top_p} in (0, 1]"
         )
-    ends = (eos_id,) if isinstance(eos_id, int) else tuple(eos_id)
+    if eos_id is None:
+        raise ValueError("eos_id is None; use -1 to sample without EOS")
+    ends = tuple(np.atleast_1d(np.asarray(eos_id)).tolist())
     if not ends:
         raise ValueError("eos_id is empty; use -1 to sample without EOS")
     _check_prompts(prompts, lengths)

@@ -10,6 +10,7 @@ from dpo_jax.runtime import hosts
 from dpo_jax.runtime.fit import Evaluation, NonFinite
 from dpo_jax.runtime.metrics import MetricsLog, is_evaluation, read_metrics
 from dpo_jax.runtime.progress import reported
+from dpo_jax.runtime.steplog import measured
 from dpo_jax.training.fingerprint import SavedRun, other_held_out
 from dpo_jax.training.stopping import EarlyStopping
 
@@ -47,7 +48,7 @@ def finite_evaluation(evaluation: Evaluation, state: Any, done: int) -> Mapping[
 
     Only this checks the last update: the loss of a step is that of the weights before it.
     """
-    metrics = evaluation.measure(state, done)
+    metrics = measured(evaluation.measure(state, done))
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise NonFinite(

@@ -15,6 +15,7 @@ import jax
 
 from dpo_jax.runtime import hosts
 from dpo_jax.runtime.checkpoint import CheckpointDamaged, Checkpoints, newest_meta
+from dpo_jax.runtime.checkpoint_record import named
 from dpo_jax.runtime.fit import Evaluation, fit
 from dpo_jax.runtime.metrics import MetricsLog, Writer, read_metrics
 from dpo_jax.runtime.parallel import single_device
@@ -93,7 +94,6 @@ def train(
 
     A whole run of DPO over all devices, with a cached reference pass. Run it again after a kill, on any number of devices:
 
-    >>> from dpo_jax.training.start_check import starts_at_reference
     >>> model, weights = load_hf(folder)
     >>> partitioner = mesh_partitioner(make_mesh(fsdp=-1), model)
     >>> variables = partitioner.put_variables(weights)
@@ -134,6 +134,7 @@ def train(
     """
     if stopping is not None and evaluation is None:
         raise ValueError("stopping needs evaluation, which measures the metric to stop on")
+    named(_without_frozen(state))  # what cannot be saved is refused now, not after the first steps
     partitioner, saving = partitioner or single_device(), saving or Saving()
     meta = _meta(fingerprint, data, stopping, refresh)
     with contextlib.ExitStack() as held:

@@ -28,6 +28,13 @@ def starts_at_reference(
     A policy that equals its reference has displacement 0 and the loss `expected_loss` (DPO: ln 2). `expected_loss` is None
     where the loss uses no reference. `tolerance`: in nats, one of `TOLERANCE` by the format of numbers. Bound to its options it
     is the `check` of `dpo_jax.train`, which gets `step` and the metrics of each step.
+
+    >>> check = partial(starts_at_reference, expected_loss=math.log(2))
+    >>> check(0, {"loss": 0.6931, "displacement/chosen": 0.0, "displacement/rejected": 1e-5})
+    >>> check(0, {"loss": 0.7, "displacement/chosen": 0.4, "displacement/rejected": 0.1})
+    Traceback (most recent call last):
+    ...
+    dpo_jax.training.start_check.WrongStart: ...
     """
     if not (first if step == 0 else every and step % every == 0):
         return
