@@ -210,7 +210,7 @@ LONG = {
             )
             for way in ("fsdp 4", "data 4", "a model without")
         ),
-        ("test_completions_do_not_depend_on_devices_and_batches", "[fsdp 2 x tensor 2]"),
+        ("test_completions_do_not_depend_on_devices_and_batches", "[fsdp 2 x tensor 2]", "[fsdp 4]"),
         *(f"test_weights_go_from_their_file_to_their_place[{way}" for way in ("one", "data 2")),
         (
             "test_the_lengths_of_axes_are_known_without_the_model",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from test_sampling import equations
 from test_step import random_pairs
 
 from dpo_jax.data.layout import Layout
@@ -27,6 +28,7 @@ from dpo_jax.runtime.checkpoint import Checkpoints
 from dpo_jax.runtime.mesh import MeshError, make_mesh, mesh_shape
 from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.runtime.parallel import mesh_partitioner, pmap_partitioner, single_device
+from dpo_jax.sampling import generate, left_pad, loop
 from dpo_jax.step import init_state
 from dpo_jax.types import HEAD_AXIS, Model
 
@@ -223,6 +225,29 @@ def test_completions_do_not_depend_on_devices_and_batches(way, variables, comple
     score = partitioner.compile_map(functools.partial(sequence_logps, MODEL))
     again = map_completions(partitioner, score, placed, PROMPTS, found.ids, batch=4)
     np.testing.assert_allclose(again, found.logps, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_weights_are_gathered_before_the_loop_over_tokens_if_there_is_room(room, variables, monkeypatch):
+    """Sharded in the loop, they would be gathered for each token: GPUs and TPUs do not move that out of it."""
+    monkeypatch.setattr(loop, "_has_room", lambda *of, whole=False: room or not whole)
+
+    def draw(variables, prompts):
+        return generate(MODEL, variables, *prompts, jax.random.key(0), max_new_tokens=8, eos_id=0)
+
+    placed = on_mesh(fsdp=4).put_variables(variables)
+    with jax.set_mesh(make_mesh(fsdp=4)):
+        traced = jax.jit(draw).trace(placed, left_pad(PROMPTS))
+    kernels = {leaf.shape[-2:] for leaf in jax.tree.leaves(variables) if leaf.ndim > 1}
+    of_weights = [
+        (one.params["sharding"].spec, inside)
+        for one, inside in equations(traced.jaxpr.jaxpr)
+        if one.primitive.name == "sharding_constraint" and one.invars[0].aval.shape in kernels
+    ]
+    in_loop = [spec for spec, inside in of_weights if inside]
+    assert len(in_loop) >= 2 * 7 + 2  # the kernels of two layers, embedding and head
+    assert any("fsdp" in str(spec) for spec in in_loop) != room
+    assert (sum(spec == P() for spec, inside in of_weights if not inside) >= 2 * 7 + 2) == room
 
 
 def nbytes(tree):

@@ -7,14 +7,36 @@ whole gradients on every device (all-reduce) and discards most of them.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 
 import jax
 from jax.sharding import PartitionSpec
 
 from dpo_jax.models.logical_axes import RULES
 from dpo_jax.types import TOKEN_AXES
+
+_WHOLE: ContextVar[frozenset[str]] = ContextVar("_WHOLE", default=frozenset())
+
+
+@contextlib.contextmanager
+def whole_along(*axes: str) -> Iterator[None]:
+    """A context in which programs are traced whose parameters are not sharded along the mesh axes `axes`.
+
+    `as_stored` then leaves them whole, instead of sharding them as in training.
+    """
+    before = _WHOLE.set(_WHOLE.get() | {*axes})
+    try:
+        yield
+    finally:
+        _WHOLE.reset(before)
+
+
+def sharding_axes() -> frozenset[str]:
+    """The `auto_axes` along which parameters are sharded where `RULES` say so."""
+    return auto_axes() - _WHOLE.get()
 
 
 def auto_axes() -> frozenset[str]:
@@ -42,7 +64,7 @@ def as_stored(parameter: jax.Array, axes: Sequence[str | None], *, gathered: Seq
     `gathered`: mesh axes along which the parameter is gathered.
     """
     over = (None if axis is None else RULES[axis] for axis in axes)
-    return _cut(parameter, *(None if axis in gathered else axis for axis in over))
+    return _cut(parameter, *(None if axis in gathered or axis in _WHOLE.get() else axis for axis in over))
 
 
 def _cut(x: jax.Array, *axes: str | Sequence[str] | None) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from dpo_jax.models.activations import ACTIVATIONS
-from dpo_jax.models.axes import auto_axes, parts_of
+from dpo_jax.models.axes import auto_axes, parts_of, sharding_axes
 from dpo_jax.models.grouped_product import from_groups, group_rows, grouped_product, to_groups
 from dpo_jax.models.logical_axes import RULES
 from dpo_jax.types import TOKEN_AXES
@@ -41,12 +41,12 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, kernels: Kernels
 
     `shares` and `chosen` [R, L, taken] are the weights and indices of each token's experts.
     """
-    here = auto_axes()
+    here, sharding = auto_axes(), sharding_axes()
     if not here or x.shape[0] % parts_of(TOKEN_AXES):
         return _of_experts(x, shares, chosen, kernels, experts=len(kernels.gate), activation=activation)
     by_row = P(tuple(axis for axis in TOKEN_AXES if axis in here))
-    stored = P(*(axis if axis in here else None for axis in (_EXPERT, _EMBED, _MLP)))
-    on_device = functools.partial(_on_device, here=here, activation=activation)
+    stored = P(*(axis if axis in sharding else None for axis in (_EXPERT, _EMBED, _MLP)))
+    on_device = functools.partial(_on_device, here=sharding, activation=activation)
     # Only the sum over `tensor` and the gathered rows are replicated; the test against one device would find an error in them.
     specs = (by_row, by_row, by_row, stored)  # the last one for each of the kernels
     return jax.shard_map(on_device, in_specs=specs, out_specs=by_row, check_vma=False)(x, shares, chosen, kernels)

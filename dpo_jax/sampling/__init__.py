@@ -110,7 +110,8 @@ def generate(
     Memory of the cache: a column takes `2 * layers * kv_heads * head_size` numbers of `cache_dtype` (None: the compute type of
     the model). There are `B * Lp` columns for prompts and `lanes * (T - 1)` for completions (without `lanes` B * K * (T - 1)).
     With `lanes` below B * K, each lane also copies its prompt's columns, `lanes * Lp` more. If memory allows, the loop reads a
-    copy of the weights in the compute type: of all weights on CPUs and GPUs, of wider ones on TPUs (`loop_weights`).
+    copy of the weights in the compute type: of all weights on CPUs and GPUs, of wider ones on TPUs, and whole on each device
+    where only `fsdp` shards them (`loop_weights`).
 
     Raises ValueError for options out of range, `lengths` not of shape [B] or (outside jit, where values are known) not from 1
     to Lp, and keys of another shape; TypeError if `key` is not a random key.
@@ -155,8 +156,10 @@ def generate(
         last = rows.k_end - 1 + tokens - jnp.asarray(images.index) % tokens
         rows = rows.replace(images=images, k_end=jnp.where(images.index < 0, rows.k_end, last))
     hidden, cache = decode(variables, rows, init_cache(batch, columns + own, cache_dtype))
-    weights, cache = loop_weights(model, variables, cache)  # not before: the pass over the prompts would compile for longer
-    source = Source(model, variables, weights, cache, columns, start, hidden[:, -1], keys)
+    weights, cache, whole = loop_weights(
+        model, variables, cache
+    )  # not before: the pass over the prompts would compile for longer
+    source = Source(model, variables, weights, whole, cache, columns, start, hidden[:, -1], keys)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)
 

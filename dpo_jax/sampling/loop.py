@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from dpo_jax.models.axes import parts_of
+from dpo_jax.models.axes import parts_of, whole_along
 from dpo_jax.sampling.draw import choose
 from dpo_jax.sampling.lanes import Lanes, idle, put, refill, take, waiting
 from dpo_jax.types import ROW_AXES, Model, Rows, SharedCache, Variables
@@ -37,7 +38,8 @@ class Source(NamedTuple):
 
     model: Model
     variables: Variables
-    weights: Variables  # the same, rounded and by layer, for the loop over tokens
+    weights: Variables  # the same for the loop over tokens, as `loop_weights` gives them
+    whole: tuple[str, ...]  # mesh axes along which `weights` are whole on each device
     cache: Any  # cache of the prompts; with room for the completions, if the model cannot share it
     columns: int  # Lp
     start: jax.Array  # int32[B]  column of each prompt's first token
@@ -103,24 +105,30 @@ def by_layer(model: Model, variables: Variables, cache: Any) -> tuple[Variables,
     return variables, cache
 
 
-def loop_weights(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any]:
-    """Variables and cache for the loop over tokens: by layer, and with kernels in the compute type.
+def loop_weights(model: Model, variables: Variables, cache: Any) -> tuple[Variables, Any, tuple[str, ...]]:
+    """Variables and cache for the loop over tokens: by layer, with kernels in the compute type, and gathered along fsdp.
 
-    The loop then reads each weight once a token. The copy of the weights lasts as long as the loop. If the device has no room
-    for it, layers are cut out of their stacks and rounded for each token.
+    The loop then reads each weight once a token, from the device's own memory. The copy of the weights lasts as long as the
+    loop. If there is no room for it, layers are cut out of their stacks, rounded or gathered for each token. The last value is
+    the mesh axes along which they are gathered. Weights sharded along another axis as well stay as they are.
     """
     weights, cache = by_layer(model, variables, cache)
-    return (model.rounded(weights) if model.rounded is not None and _has_room(model, variables) else weights), cache
+    weights = model.rounded(weights) if model.rounded is not None and _has_room(model, variables) else weights
+    if parts_of(("fsdp",)) == 1 or parts_of(("tensor", "expert")) > 1 or not _has_room(model, variables, whole=True):
+        return weights, cache, ()
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, PartitionSpec()), weights), cache, ("fsdp",)
 
 
-def _has_room(model: Model, variables: Variables) -> bool:
-    """Whether the variables and a copy in the compute type take at most `MEMORY_FRACTION` of the device's memory."""
+def _has_room(model: Model, variables: Variables, *, whole: bool = False) -> bool:
+    """Whether the variables and a copy in the compute type, sharded or `whole`, take at most `MEMORY_FRACTION` of the device's
+    memory."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:  # a CPU
         return True
     copy = variables if model.rounded is None else jax.eval_shape(model.rounded, variables)
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((variables, copy)))
-    return size / parts_of(("fsdp", "tensor", "expert")) <= MEMORY_FRACTION * limit
+    held, copied = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (variables, copy))
+    parts = parts_of(("fsdp", "tensor", "expert"))
+    return held / parts + (copied if whole else copied / parts) <= MEMORY_FRACTION * limit
 
 
 def _continuous_batching(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
@@ -163,7 +171,8 @@ def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options,
         own = loop.samples.lengths
         end = source.columns + own
         rows = rows_read(loop.token[:, None], (end - at.start - 1)[:, None], at.start[:, None], end[:, None])
-        hidden, cache = decode(source.weights, rows, loop.cache)
+        with whole_along(*source.whole):
+            hidden, cache = decode(source.weights, rows, loop.cache)
         hidden = jnp.where(own[:, None] == 0, at.last, hidden[:, 0])
         return _draw(source, options, loop._replace(cache=cache), at, hidden)
 
@@ -172,7 +181,8 @@ def _until(stop: Callable[[_Loop], jax.Array], source: Source, options: Options,
 
 def _draw(source: Source, options: Options, loop: _Loop, at: _LanePrompts, hidden: jax.Array) -> _Loop:
     """Draws one token per lane from `hidden[R, D]`, the state before it. Lanes that have ended stay as they are."""
-    logits = source.model.unembed(source.weights, hidden)
+    with whole_along(*source.whole):
+        logits = source.model.unembed(source.weights, hidden)
     (tokens, counts, logps), busy = loop.samples, loop.lanes.busy.reshape(-1)
     token = choose(logits, jax.vmap(jax.random.fold_in)(at.keys, counts), **options.choice)
     picked = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
