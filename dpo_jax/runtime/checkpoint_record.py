@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -49,7 +50,7 @@ def named(state: Any) -> Leaves:
         where = f"state.{name}".rstrip(".")  # the tree may be a single leaf
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
             raise ValueError(f"{where}: expected an array, got {type(leaf).__name__}: make it one, or it cannot be saved")
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             remedy = "keep jax.random.key_data(key), and use jax.random.wrap_key_data in the step"
             raise ValueError(f"{where}: expected an array of numbers, got {leaf.dtype}, which cannot be saved: {remedy}")
     return named
