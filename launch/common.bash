@@ -129,16 +129,17 @@ program_on_many_hosts() {
   case " ${*%%=*} " in *' --distributed '* | *' --run.distributed '*) ;; *) program+=(--distributed auto) ;; esac
 }
 
-# add_settings FOLDER: adds to `settings` what is set here and holds for the hosts, too; a folder only if it is in FOLDER, the disk
-# that they share, or in a bucket. Keys are sent in other ways.
+# add_settings FOLDER: adds to `settings` what is set here and holds for the hosts, too; a folder only if it is on FOLDER, the disk
+# that they share, and the cache of programs also if it is in a bucket. Keys are sent in other ways.
 add_settings() {
   local name found=()
   for name in JAX_COMPILATION_CACHE_DIR HF_HOME LIBTPU_INIT_ARGS DPO_JAX_TRACEBACK WANDB_ENTITY WANDB_NAME TRACKIO_SPACE_ID; do
-    case $name:${!name:-} in
-      *:) continue ;;
+    [ -n "${!name:-}" ] || continue
+    case $name:${!name} in
       JAX_COMPILATION_CACHE_DIR:gs://*) ;;
       JAX_COMPILATION_CACHE_DIR:* | HF_HOME:*)
-        lies_in "$1" "${!name}" || { say "$name=${!name} is not set on the hosts: it is not in $1" && continue; }
+        [ "${!name%/}" = "$1" ] || lies_in "$1" "${!name}" ||
+          { say "$name=${!name} is not set on the hosts: it is not on $1" && continue; }
         ;;
     esac
     found+=("$name=${!name}")
@@ -181,8 +182,8 @@ check_first() {
   fi
 }
 
-# again_if_locked COMMAND...: runs a check, for five minutes again if it ends with 73. A file server may keep the run lock of a lost
-# host until it notices the loss.
+# again_if_locked COMMAND...: runs a check, up to ten times if it ends with 73, $poll seconds apart. A file server may keep the run
+# lock of a lost host until it notices the loss.
 again_if_locked() {
   local try code=0
   for try in 1 2 3 4 5 6 7 8 9 10; do

@@ -111,9 +111,9 @@ fi
 runs() { "$venv/bin/python" -c '' 2>/dev/null || { sleep 2 && "$venv/bin/python" -c '' 2>/dev/null; }; } # a disk may be slow
 if [ -f "$stamp" ]; then
   # Shared checkouts: a run elsewhere may be using what does not run here.
-  runs || die "the Python of $venv does not run here: it was made on another machine, or its Python is gone.
+  runs || [ -n "${DPO_JAX_PYTHON:-}" ] || die "the Python of $venv does not run here: it was made on another machine, or its Python is gone.
       Set DPO_JAX_VENV to another place, or remove $venv if nothing uses it"
-  { read -r had_project && read -r had_extras; } <"$stamp" || true
+  if runs; then { read -r had_project && read -r had_extras; } <"$stamp" || true; else make_venv; fi
 else
   make_venv
 fi
@@ -125,13 +125,14 @@ fi
 
 missing=''
 for extra in ${extras//,/ }; do
+  case ",$had_extras," in *",$extra,"*) continue ;; esac
   case $extra:,$had_extras, in # one environment cannot have both
     cuda12:*,cuda13,* | cuda13:*,cuda12,*)
       die "$venv has JAX for another CUDA version, but $extra is needed here: it was made on another machine, or the driver is new.
       Set DPO_JAX_VENV to another place; or name the extras that it has: DPO_JAX_EXTRAS=$had_extras"
       ;;
   esac
-  case ",$had_extras," in *",$extra,"*) ;; *) missing="$missing,$extra" ;; esac
+  missing="$missing,$extra"
 done
 if [ -n "$missing" ] || [ "$project" != "$had_project" ]; then
   all=$had_extras$missing

@@ -25,8 +25,8 @@ again and continues, up to 20 times; any other exit code ends the job. A host ha
 
 gcluster hands no secrets to a job. If --env-file FILE is given (before the --), the hosts read WANDB_API_KEY and HF_TOKEN from
 it, as lines NAME=VALUE: a file on the shared disk, such as /mnt/dpo_jax/keys.env, that only you can read.
-JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are in /mnt/dpo_jax, LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK, WANDB_ENTITY, WANDB_NAME and
-TRACKIO_SPACE_ID are set on the hosts as here.
+JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are on the shared disk (the first also in a gs:// bucket), LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK,
+WANDB_ENTITY, WANDB_NAME and TRACKIO_SPACE_ID are set on the hosts as here.
 
 Tested against the command line of Cluster Toolkit 1.95, where `gcluster job` is called experimental.
 TEXT

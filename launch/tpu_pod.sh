@@ -37,13 +37,13 @@ first worker checks again, now with the data and models on the shared disk.
 WANDB_API_KEY and HF_TOKEN are taken from the environment and go to each worker through the connection, into a file that the
 start deletes; that takes some seconds a worker. Other keys are not sent, so a judge that needs one cannot label here. ssh to several workers needs your key in the agent: ssh-add ~/.ssh/google_compute_engine
 
-JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are in /mnt/dpo_jax, LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK, WANDB_ENTITY, WANDB_NAME and
-TRACKIO_SPACE_ID are set on the workers as here.
+JAX_COMPILATION_CACHE_DIR and HF_HOME, if they are on the shared disk (the first also in a gs:// bucket), LIBTPU_INIT_ARGS, DPO_JAX_TRACEBACK,
+WANDB_ENTITY, WANDB_NAME and TRACKIO_SPACE_ID are set on the workers as here.
 
 Environment:
   DPO_JAX_EXTRAS        extras to install on the workers         (default: tpu; for Weights & Biases: tpu,writers)
   DPO_JAX_MOUNT         where workers mount the export           (default: /mnt/dpo_jax)
-  DPO_JAX_POLL_SECONDS  between two looks at the queued resource, and two tries of a step (default: 30)
+  DPO_JAX_POLL_SECONDS  between two looks at the queued resource, and two tries of a step; ten tries for a locked run directory (default: 30)
 
 Exit codes of run: that of the run (see dpo-jax --help); 1 when the slice could not be had or reached.
 TEXT

@@ -49,7 +49,7 @@ def test_settings_that_are_no_secrets_reach_the_hosts(pod, script):
     given = "env DPO_JAX_SFT_CONFIG=configs/hh.yaml env 'JAX_COMPILATION_CACHE_DIR=/mnt/dpo_jax/a b' WANDB_ENTITY=us ./"
     assert given in done.stdout.replace("'\\''", "'")
     assert "HF_" not in done.stdout
-    assert "HF_HOME=/home/me/hf is not set on the hosts: it is not in /mnt/dpo_jax" in done.stderr
+    assert "HF_HOME=/home/me/hf is not set on the hosts: it is not on /mnt/dpo_jax" in done.stderr
 
 
 def test_settings_are_there_when_the_program_runs(pod):

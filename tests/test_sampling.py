@@ -285,3 +285,4 @@ def test_weights_are_rounded_before_the_loop_over_tokens_and_not_for_each_token(
         device = SimpleNamespace(memory_stats=lambda limit=limit: {"bytes_limit": limit})
         monkeypatch.setattr(jax, "local_devices", lambda device=device: [device])
         assert loop._has_room(model, variables) == copied
+        assert not loop._has_room(model, variables, whole=True)  # beside Adam's state, 12 more bytes a number would be needed

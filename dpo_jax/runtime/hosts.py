@@ -53,7 +53,7 @@ def start(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
     process_id = _from_environment("JAX_PROCESS_ID") if process_id is None else process_id
-    join_seconds = _from_environment("DPO_JAX_JOIN_SECONDS")
+    join_seconds = _from_environment("DPO_JAX_JOIN_SECONDS") if os.environ.get("DPO_JAX_JOIN_SECONDS") else JOIN_SECONDS
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
@@ -68,7 +68,7 @@ def start(
             coordinator,
             num_processes,
             process_id,
-            initialization_timeout=JOIN_SECONDS if join_seconds is None else join_seconds,
+            initialization_timeout=join_seconds,
             heartbeat_timeout_seconds=heartbeat_seconds,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )

@@ -11,6 +11,7 @@ values, and write those of their own tokens to a separate cache (`types.SharedCa
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def generate(
         )
     if eos_id is None:
         raise ValueError("eos_id is None; use -1 to sample without EOS")
-    ends = tuple(np.atleast_1d(np.asarray(eos_id)).tolist())
+    ends = tuple(map(operator.index, eos_id if np.iterable(eos_id) else (eos_id,)))
     if not ends:
         raise ValueError("eos_id is empty; use -1 to sample without EOS")
     _check_prompts(prompts, lengths)
@@ -156,9 +157,7 @@ def generate(
         last = rows.k_end - 1 + tokens - jnp.asarray(images.index) % tokens
         rows = rows.replace(images=images, k_end=jnp.where(images.index < 0, rows.k_end, last))
     hidden, cache = decode(variables, rows, init_cache(batch, columns + own, cache_dtype))
-    weights, cache, whole = loop_weights(
-        model, variables, cache
-    )  # not before: the pass over the prompts would compile for longer
+    weights, cache, whole = loop_weights(model, variables, cache)  # late: the pass over prompts would compile for longer
     source = Source(model, variables, weights, whole, cache, columns, start, hidden[:, -1], keys)
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     return draw_completions(source, Options(completions, max_new_tokens, ends, cache_dtype, choice), lanes=lanes)

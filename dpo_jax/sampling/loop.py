@@ -120,15 +120,17 @@ def loop_weights(model: Model, variables: Variables, cache: Any) -> tuple[Variab
 
 
 def _has_room(model: Model, variables: Variables, *, whole: bool = False) -> bool:
-    """Whether the variables and a copy in the compute type, sharded or `whole`, take at most `MEMORY_FRACTION` of the device's
-    memory."""
+    """Whether the variables and a copy in the compute type take at most `MEMORY_FRACTION` of the device's memory.
+
+    With a `whole` copy Adam's state counts as well: an evaluation during training samples beside it.
+    """
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is None:  # a CPU
         return True
     copy = variables if model.rounded is None else jax.eval_shape(model.rounded, variables)
     held, copied = (sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (variables, copy))
     parts = parts_of(("fsdp", "tensor", "expert"))
-    return held / parts + (copied if whole else copied / parts) <= MEMORY_FRACTION * limit
+    return (3 * held / parts + copied if whole else (held + copied) / parts) <= MEMORY_FRACTION * limit
 
 
 def _continuous_batching(source: Source, options: Options, loop: _Loop, *, of: int) -> Samples:
