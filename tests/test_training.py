@@ -251,6 +251,16 @@ def test_a_stream_that_ends_is_named_with_its_step(tmp_path):
     assert small(tmp_path, stream=([np.float32(1)] * 3).__getitem__).step == 3
 
 
+def test_a_failed_evaluation_is_the_error_also_if_the_state_cannot_be_saved(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Checkpoints, "save", no_room)
+    with pytest.raises(KeyError) as raised:
+        small(tmp_path, 2, evaluation=Evaluation(lambda state, done: {}["test set"]))
+    assert raised.value.__notes__ == ["The evaluation after 2 steps failed. The state could not be saved: no space left"]
+
+
 def test_the_state_is_saved_before_an_error_of_an_evaluation_ends_the_run(tmp_path):
     seen = []
 

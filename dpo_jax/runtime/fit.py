@@ -145,8 +145,12 @@ def fit(
         except Exception as error:
             # Several hosts would have to save together, but the error may be that of one.
             if done > start and checkpoints is not None and jax.process_count() == 1:
-                save(done, wait=True)
-                error.add_note(f"The evaluation after {done} steps failed. The state is saved.")
+                told = "The state is saved."
+                try:
+                    save(done, wait=True)
+                except Exception as failed:
+                    told = f"The state could not be saved: {failed}"
+                error.add_note(f"The evaluation after {done} steps failed. {told}")
             raise
         return verdict._replace(save=verdict.save or SAVE in requests), 0
 
