@@ -126,6 +126,13 @@ class Optimum:
         """The largest KL up to which the curve can be trusted, in nats."""
         return float(self.kl[self.trusted].max(initial=0.0))
 
+    def gain(self, at: float, *, seed: int = 0) -> tuple[float, Interval]:
+        """The reward over the reference's at the KL `at`, on the same prompts, with its 95 % interval over prompts."""
+        drawn = _resampling(len(self.prompt_kl), seed, RESAMPLES)
+        means = zip(drawn @ self.prompt_kl, drawn @ self.prompt_reward, drawn @ self.prompt_reference, strict=True)
+        low, high = _quantiles(np.array([_reward_at(at, *mean) - mean[2] for mean in means]))
+        return float(_reward_at(at, self.kl, self.reward, self.reference) - self.reference), (float(low), float(high))
+
 
 class Beside(NamedTuple):
     """Another reward of the policies on the optimal frontier of the first: the effect of maximizing the first on this one."""
