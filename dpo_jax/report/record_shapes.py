@@ -54,6 +54,7 @@ EVALUATION = {
     "weights?": {str: str},
     "sampling?": {"max_new_tokens?": int},
     "of_run?": bool,
+    "chosen_on_these?": bool,
 }
 
 _SHARE = {"accuracy": float, "low": float, "high": float}
