@@ -75,6 +75,7 @@ REWARDS = {
         **dict.fromkeys(("ece", "expected_ece", "expected_ece_high", "overconfidence"), float),
         **dict.fromkeys(("ece_interval", "overconfidence_interval"), [float, float]),
     },
+    "bradley_terry?": bool,
     "length": {"mean_tokens": [float, float], "accuracy": [_SUBSET]},
 }
 

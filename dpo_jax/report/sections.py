@@ -120,6 +120,8 @@ def _calibration(report: Mapping[str, Any]) -> Table:
         *([f"accuracy, {row['subset']} ({row['pairs']:,} pairs)", _share(row)] for row in length["accuracy"]),
     ]
     note = "Belief is the logistic function of the margin's size. ECE is biased upward: compare it with the line below it."
+    if not report.get("bradley_terry", True):
+        note += " Both presume that the margin is a logit (Bradley-Terry), which this loss does not fit."
     return Table(["calibration and length", "value"], rows, note=note)
 
 
