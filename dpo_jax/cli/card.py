@@ -80,7 +80,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
 def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     """The card of an online run, with one line per round."""
     section, columns = config.online, ("round", "labels_so_far", "pairs", "reward", "kl", "accuracy")
-    heads = ["round", "labels so far", "pairs", "mean reward of samples", "KL (nats)", "agreement before training"]
+    heads = ["round", "labels so far", "pairs", "reward of labeled samples", "KL (nats)", "agreement before training"]
     rows = read_lines(rounds).rows if (rounds := run.path / "rounds.jsonl").is_file() else []
     shown = [[f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in columns] for row in rows]
     known = {"known": f"the reward {config.frontier.reward}", "reward-model": "a reward model", "judge": "a judge"}
