@@ -12,6 +12,7 @@ from typing import Any
 from dpo_jax.evals.frontier_panels import Spot, plot_learned, plot_lengths
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimization import declines, trajectories
+from dpo_jax.lab.second_reward import CHOSEN
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.plotting.curves import KL_OF_SAMPLES
@@ -103,7 +104,8 @@ def _second(caption: str, found: Mapping[str, Any] | None) -> list[Block]:
         for row in found["gains"]
     ]
     columns = ["policy of the highest true reward", "KL", "gain in reward", f"gain in {found['name']}", "reading"]
-    return [Table(columns, rows, caption=caption, note="Gains over the reference, with 95 % intervals."), Text(found["words"])]
+    note = f"Gains over the reference, with 95 % intervals. {CHOSEN}"
+    return [Table(columns, rows, caption=caption, note=note), Text(found["words"])]
 
 
 def _ended(results: Sequence[Mapping[str, str]], name: str) -> Ended:
