@@ -249,6 +249,7 @@ def _falls(run: RunRecord) -> list[list[str]]:
     for _, stage in one_or_more([run], "frontier"):
         for row in declines(stage.read("results.csv", read_results, [])):
             name = " ".join(filter(None, (row.method, row.setting, f"seed {row.seed}")))
-            seen = f"after KL {row.best_kl:.2f}" if row.overoptimized else f"not seen up to KL {row.last_kl:.2f}"
+            none = f"no fall beyond the interval within this run, up to KL {row.last_kl:.2f}"
+            seen = f"after KL {row.best_kl:.2f}" if row.overoptimized else none
             rows.append([name, seen, "frontier, measured"])
     return rows + [[stage, UNKNOWN, "-"] for stage in POLICIES if stage in run.stages]
