@@ -138,6 +138,10 @@ def test_the_result_table_fits_80_columns_and_marks_what_is_cut():
     assert "… 80 more characters" in flat
     assert "bye [cut by the token limit]" in flat
     assert "(empty)" in flat
+    assert "chosen on these pairs" not in table
+    chosen = result_table({**REPORT, "chosen_on_these": True})
+    assert "The weights were chosen on these pairs" in chosen
+    assert max(map(len, chosen.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,11 @@ def test_a_run_in_steps_that_keeps_its_best(done, tmp_path, keeping):
     assert len(losses) == (min(10, best + 3) if len(keeping) > 1 else 10)
     assert f"Held out, after {best} steps:" in (card := (tmp_path / "dpo" / "README.md").read_text())
     assert "| steps | 10 |" in card
+    assert "These weights were chosen by this evaluation" in card
     exported = bytes_of(tmp_path / "dpo" / "export")
+    assert "The weights were chosen on these pairs" in call("eval", done.config, *flags[:6], "--eval.samples", 0).out
+    assert "The weights were chosen on these pairs" in (tmp_path / "dpo" / "README.md").read_text()
+    assert json.loads((done / "eval" / "report.json").read_text())["chosen_on_these"] is False
     other = call("export", done.config, "--run.dir", tmp_path, "--export.out", tmp_path / "again")
     assert f"step {best} of" in other.out
     assert bytes_of(tmp_path / "again") == exported

@@ -21,7 +21,7 @@ from dpo_jax.control.lqr import Lqr, LqrWorld, masses
 from dpo_jax.control.methods import METHODS, Learner, Options
 from dpo_jax.control.policies import gaussian_policy
 from dpo_jax.control.rollouts import Rollouts, best_segments, preferences
-from dpo_jax.control.summary import summarized, tables
+from dpo_jax.control.summary import rows, summarized, tables
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.runtime.parallel import pmap_partitioner, single_device
 from dpo_jax.step import init_state
@@ -161,6 +161,8 @@ def test_segments_of_the_simulator(world):
     assert (found.advantages < 1).all()
     assert found.advantages.min() < -10
     still = world.measure(lambda variables, states: 0 * states[:, :1], {})
+    assert still["return"] == pytest.approx(np.mean(still["episodes"]))
+    assert len(still["episodes"]) == 10
     assert still["return_low"] < still["return"] < still["return_high"] < -800
 
 
@@ -251,6 +253,33 @@ def test_one_seed_says_nothing_about_others():
     summary = summarized([run("cpl", -100.0), run("sft", -124.0)], -80.0)
     assert [(row["return"], row["return_low"]) for row in summary["ahead"]] == [(24.0, None)]
     assert tables(summary)[1].rows == [["sft", "24.00"]]
+    assert tables(summary)[1].note.endswith("over seeds alone")
+
+
+def test_the_lead_is_paired_by_episode_and_over_episodes_and_seeds():
+    """Seeds share their initial states: a lead in one episode of ten, alike in all seeds, is no certain lead."""
+    luck = np.zeros(10)
+    luck[3] = 200.0
+
+    def run(method, seed, episodes):
+        value = episodes.mean()
+        point = {"step": 1.0, "return": value, "return_low": value - 60, "return_high": value + 60}
+        return Result(Run(method, "regret", {"preferences": "regret"}, seed), [point | {"episodes": [*episodes]}], 1.0)
+
+    starts = np.linspace(-400.0, -100.0, 10)
+    results = [run(method, seed, starts + lead) for seed in (0, 1) for method, lead in (("cpl", luck), ("sft", 0), ("iql", -5))]
+    summary = summarized(results, -80.0)
+    ahead = {row["of"]: row for row in summary["ahead"]}
+    assert ahead["sft"]["return"] == pytest.approx(20)
+    assert ahead["sft"]["return_low"] < 1
+    assert ahead["sft"]["return_high"] > 40
+    assert tables(summary)[1].note.endswith("over episodes and seeds")
+    assert "episodes" not in rows(results)[0]
+    # The results of earlier versions have no episodes: seeds that agree seem certain.
+    for result in results[:1]:
+        del result.points[-1]["episodes"]
+    old = summarized(results, -80.0)["ahead"][0]
+    assert (old["return_low"], old["over"]) == (pytest.approx(old["return"]), "seeds alone")
 
 
 # The command

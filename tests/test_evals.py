@@ -60,6 +60,15 @@ def test_scores_narrow_the_interval_where_they_tie_and_weigh_by_their_sizes():
             score_interval(scores)
 
 
+def test_intervals_of_prompts_with_very_unequal_numbers_of_pairs_cover_the_truth():
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(500):
+        sizes = rng.choice([1, 1, 1, 30], size=10)
+        low, high = score_interval(rng.binomial(sizes, rng.beta(1.4, 0.93, size=10)) / sizes, sizes)  # mean 0.6, intraclass 0.3
+        covered.append(low <= 1.4 / 2.33 <= high)
+    assert np.mean(covered) >= 0.94  # as of equal prompts: 0.82
+
+
 @pytest.mark.parametrize("share", [0.5, 0.75, 0.95])
 def test_wilson_interval_covers_the_truth_95_times_in_100(share):
     for trials in (50, 500):

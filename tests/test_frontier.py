@@ -328,6 +328,14 @@ def test_bootstrap_intervals_cover_the_mean():
     assert 0.90 <= covered / 200 <= 0.99
 
 
+@pytest.mark.parametrize("prompts", [4, 12])
+def test_bootstrap_intervals_of_few_prompts_cover_the_mean(prompts):
+    """The percentile interval covers 80 and 90 %."""
+    values = np.random.default_rng(0).normal(size=(400, prompts))
+    ends = np.array([bootstrap_interval(row, seed, resamples=300) for seed, row in enumerate(values)])
+    assert 0.925 <= np.mean((ends[:, 0] <= 0) & (ends[:, 1] >= 0)) <= 0.985
+
+
 def test_measured_points():
     rewards, kls = np.random.default_rng(0).normal(size=(2, 50)) + 3
     point = measured("DPO", "0.1", rewards=rewards, kls=kls, seed=7)

@@ -14,7 +14,7 @@ from tiny_run import _compilation_cache, call  # noqa: F401  the first is a fixt
 
 from dpo_jax.cli.commands.report import weights_digest_of
 from dpo_jax.cli.config import DpoConfig
-from dpo_jax.cli.implicit_rewards import beta_of, subset_names
+from dpo_jax.cli.implicit_rewards import NO_LOGIT, beta_of, fits_logit, subset_names
 from dpo_jax.data.encode import encode
 from dpo_jax.data.format_table import detect_format
 from dpo_jax.data.layout import plain_rows
@@ -112,12 +112,15 @@ def test_log_probabilities_are_those_of_the_models(root):
 
 
 def test_swapped_sides_mirror_every_number(root, tmp_path):
-    folder, _ = root
+    folder, out = root
     names = {"chosen": "rejected", "rejected": "chosen"}
     swapped = [{names.get(name, name): value for name, value in bare(i).items()} | {"subset": i % 3} for i in range(24)]
     write(tmp_path / "swapped" / "test.jsonl", swapped)
     flags = ("--data.path", tmp_path / "swapped", "--run.dir", tmp_path / "run", "--rewards")
-    assert call("eval", folder / "config.yaml", *flags).code == 0
+    result = call("eval", folder / "config.yaml", *flags, "--dpo.loss", "ipo")
+    assert result.code == 0
+    assert NO_LOGIT in result.out
+    assert NO_LOGIT not in out
     ours, theirs = report_of(tmp_path / "run"), report_of(folder / "run")
     for name in ours["rewards"]:
         mirrored = ours["rewards"][name]
@@ -125,6 +128,13 @@ def test_swapped_sides_mirror_every_number(root, tmp_path):
         assert mirrored["margin"] == pytest.approx(-theirs["rewards"][name]["margin"], abs=1e-5)
     assert [row["subset"] for row in ours["rewards"]["implicit"]["subsets"]] == ["0", "1", "2"]
     assert ours["calibration"]["overconfidence"] > theirs["calibration"]["overconfidence"]
+
+
+def test_calibration_of_a_loss_whose_margin_is_no_logit_has_a_note():
+    kinds = {"dpo": True, "robust": True, "ipo": False, "hinge": False, "dpo + 0.5*sft": True}
+    assert {loss: fits_logit(DpoConfig(loss=loss)) for loss in kinds} == kinds
+    assert not fits_logit(DpoConfig(f_divergence="forward_kl"))
+    assert not fits_logit(DpoConfig(label_smoothing=0.1))
 
 
 def test_rewardbench_is_read_as_it_is(root, tmp_path):

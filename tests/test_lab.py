@@ -153,8 +153,11 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     compared = report.at_equal_kl(results, best)
     shares = {(row["method"], row["kl"]): row["share_of_gain"] for row in compared}
     gain = on_the_curve - best.reference
-    for end, off in (("_low", -0.1), ("_high", 0.1)):
-        assert compared[0][f"share_of_gain{end}"] == pytest.approx(1 + off / gain, abs=0.01)
+    (exact, (low, high)) = best.gain(1.0)
+    assert exact == pytest.approx(gain, abs=0.01)
+    for end, sign, off in (("_low", -1, high - exact), ("_high", 1, exact - low)):
+        both = math.hypot(0.1, off) / gain  # the policy's reward, and the optimum's gain
+        assert compared[0][f"share_of_gain{end}"] == pytest.approx(1 + sign * both, abs=0.01)
     assert shares["good", 1.0] == pytest.approx(1.0, abs=0.01)
     assert shares["poor", 1.0] == pytest.approx(0.5, abs=0.01)
     assert shares["good", 3.0] is None  # it was never that far
@@ -173,6 +176,20 @@ def test_methods_are_compared_at_equal_kl(best, tmp_path):
     header, *rest = (tmp_path / "results.csv").read_text().splitlines()
     assert header.split(",") == list(report.COLUMNS)
     assert len(rest) == 3
+
+
+def test_a_share_is_no_more_certain_than_the_optimum():
+    """Four prompts, on which the possible gain differs by its own size: so does a share of it."""
+    rewards = np.random.default_rng(0).normal(size=(4, 2000)) * np.array([[0.5], [1.0], [1.5], [2.0]])
+    few = optimum(rewards, list(np.geomspace(50, 0.8, 30)), seed=0)
+    gain, (low, high) = few.gain(1.0)
+    assert low < 0.8 * gain
+    assert high > 1.2 * gain
+    sure = {"reward": few.reference + gain / 2, "reward_low": few.reference + gain / 2, "reward_high": few.reference + gain / 2}
+    (row, *_) = report.at_equal_kl([Result(Run("half", "a", {}, 0), [point(1, 1.0, 0.0) | sure], 1.0)], few)
+    assert row["share_of_gain"] == pytest.approx(0.5, abs=0.01)
+    assert row["share_of_gain_low"] == pytest.approx(0.5 - 0.5 * (high / gain - 1), abs=0.01)
+    assert row["share_of_gain_high"] == pytest.approx(0.5 + 0.5 * (1 - low / gain), abs=0.01)
 
 
 def test_prompts_on_which_the_reference_is_better_are_no_gain_of_a_policy(best):

@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.data.encode import Encoded
+from dpo_jax.data.encode import Encoded, prompt_key
 from dpo_jax.data.layout import Layout, completion_rows, plain_rows, shared_rows
-from dpo_jax.lab.reward_model import HELD_OUT, RewardModel, fit_reward_model, judged
+from dpo_jax.evals.intervals import by_prompt, score_interval
+from dpo_jax.lab.reward_model import HELD_OUT, RewardModel, accuracy_words, fit_reward_model, judged
 from dpo_jax.models.decoder import make_model
 from dpo_jax.models.families import decoder_config, hf_config
 from dpo_jax.reward_model import center_rewards, completion_rewards, reward_step, scalar, scalar_head, with_scalar_head
@@ -208,6 +209,10 @@ def test_the_best_evaluation_is_kept(tmp_path, variables):
     held_out = pairs[::HELD_OUT]
     rewards = judge.of_pairs(judge.partitioner.put_variables(found), held_out, batch=4)
     assert judged(rewards)["loss"] == pytest.approx(losses[best], abs=1e-6)
+    expected = score_interval(*by_prompt(rewards[:, 0] > rewards[:, 1], [prompt_key(pair) for pair in held_out]))
+    assert (figures["accuracy_low"], figures["accuracy_high"]) == pytest.approx(expected)
+    ends = " to ".join(f"{end:.3f}" for end in expected)
+    assert f" ({ends}) on the 3 held-out pairs that chose the checkpoint" in accuracy_words(figures)
 
 
 def test_a_run_that_was_killed_continues_and_ends_with_the_same_bits(tmp_path, variables):

@@ -105,6 +105,9 @@ def test_shares_are_ratios_of_sums_with_intervals():
     assert point["recalled"] == pytest.approx(counts[2] / counts[3])
     assert point["hallucinated_low"] < point["hallucinated"] < point["hallucinated_high"]
     assert point_of([""] * 100, shown, seed=0)["hallucinated"] == 0
+    flawless = point_of([caption(scene.things) for scene in shown], shown, seed=0)
+    assert flawless["hallucinated"] == flawless["hallucinated_low"] == 0 < flawless["hallucinated_high"] < 0.04
+    assert flawless["recalled_low"] < flawless["recalled"] == flawless["recalled_high"] == 1
 
 
 def test_equal_recall_leaves_out_what_recalls_less():

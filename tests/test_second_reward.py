@@ -112,6 +112,16 @@ def test_what_gains_only_in_the_first_reward_is_said_in_words(results, best):
     assert gains([result("reference", "", point(0, 0)), results[1]], best) == []  # nothing was measured beside
 
 
+def test_the_best_of_many_nearer_settings_must_be_higher_by_more():
+    last = result("dpo", "beta 0.1", point(4.0, 2.0, second_reward=0.5))
+    near = [result("dpo", f"beta {n}", point(1.0 + 0.1 * n, 1.0, second_reward=0.0)) for n in range(2, 9)]
+    higher = result("dpo", "beta 1", point(1.0, 1.0, second_reward=0.5 + 1.2 * math.hypot(0.1, 0.1)))
+    start = result("reference", "", point(0.0, 0.0, second_reward=0.0))
+    best = optimum(np.random.default_rng(0).normal(size=(8, 50)), [1.0], seed=0)
+    turned = [gains([start, last, higher, *others], best)[0]["turned"] for others in ([], near)]
+    assert turned == ["beta 1", ""]  # alone, and as the best of eight
+
+
 def test_the_page_has_lengths_the_learned_reward_and_the_second(results, best, tmp_path):
     folder = tmp_path / "run" / "frontier"
     folder.mkdir(parents=True)

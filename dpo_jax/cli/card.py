@@ -53,7 +53,7 @@ def sft_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
         how=f"Supervised fine-tuning ({scored} are scored).{_trained(config, config.sft)}",
         start=config.model.path,
         section=config.sft,
-        results=_held_out(run, step),
+        results=_held_out(run, step, chosen=config.sft.keeps_best()),
         tag="sft",
     )
 
@@ -71,7 +71,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
         how=f"{_objective(section)}{_trained(config, section)}",
         start=config.dpo_policy(),
         section=section,
-        results=_fenced(result_table(report)) if report else _held_out(run, step),
+        results=_fenced(result_table(report)) if report else _held_out(run, step, chosen=section.keeps_best()),
         notes=_notes(report or {}, run),
         tag=tag,
     )
@@ -80,7 +80,7 @@ def dpo_card(config: Config, run: RunDir, *, report: Mapping[str, Any] | None = 
 def online_card(config: Config, run: RunDir, *, step: int | None = None) -> str:
     """The card of an online run, with one line per round."""
     section, columns = config.online, ("round", "labels_so_far", "pairs", "reward", "kl", "accuracy")
-    heads = ["round", "labels so far", "pairs", "mean reward of samples", "KL (nats)", "agreement before training"]
+    heads = ["round", "labels so far", "pairs", "reward of labeled samples", "KL (nats)", "agreement before training"]
     rows = read_lines(rounds).rows if (rounds := run.path / "rounds.jsonl").is_file() else []
     shown = [[f"{row[name]:.4g}" if row.get(name) is not None else "-" for name in columns] for row in rows]
     known = {"known": f"the reward {config.frontier.reward}", "reward-model": "a reward model", "judge": "a judge"}
@@ -352,8 +352,8 @@ def _fenced(text: str) -> str:
     return f"{fence}\n{text}\n{fence}"
 
 
-def _held_out(run: RunDir, step: int | None) -> str:
-    """The last evaluation during training, or the one after `step`."""
+def _held_out(run: RunDir, step: int | None, *, chosen: bool) -> str:
+    """The last evaluation during training, or the one after `step`, which was `chosen` by it or not."""
     judged = _evaluations(run, step)
     if not judged:
         return f"Held out, after {step} steps: not measured."
@@ -365,7 +365,8 @@ def _held_out(run: RunDir, step: int | None) -> str:
         rows.append(["perplexity per token", f"{math.exp(min(per_token, 700.0)):.2f}"])
     else:
         rows = [[label, format(values[key], f"z{form}")] for label, key, form in MEASURES if values.get(key) is not None]
-    return f"Held out, after {final['step']:,} steps:\n\n{_table(['measure', 'value'], rows)}"
+    note = "\n\nThese weights were chosen by this evaluation (`keep_best`, `patience`): it is optimistic." if chosen else ""
+    return f"Held out, after {final['step']:,} steps:\n\n{_table(['measure', 'value'], rows)}{note}"
 
 
 def _notes(report: Mapping[str, Any], run: RunDir) -> str:

@@ -34,6 +34,9 @@ NAMES = {
     "reference_free": "reference-free",
     "reference_free_per_token": "reference-free, per token",
 }
+LOGITS = ("dpo", "sigmoid", "robust")
+"""Losses that fit the margin as the logit of the preference (Bradley-Terry), which calibration presumes."""
+NO_LOGIT = "calibration presumes that the margin is a logit (Bradley-Terry), which this loss does not fit"
 
 
 def write_rewards(
@@ -73,6 +76,7 @@ def write_rewards(
             for name in NAMES
         },
         "calibration": found._asdict(),
+        "bradley_terry": fits_logit(config.dpo),
         "length": length_bias(margins["implicit"], tokens, prompts, seed=config.run.seed),
     }
     with writing(run_dir.path / "rewards.jsonl") as file:
@@ -99,6 +103,13 @@ def write_rewards(
 def beta_of(section: DpoConfig) -> float:
     """The beta of the rewards. For losses without beta, rewards are in nats, as in the table of `eval`."""
     return section.beta if "beta" in loss_table.terms(section.loss)[0].loss.options else 1.0
+
+
+def fits_logit(section: DpoConfig) -> bool:
+    """Whether the main term of the loss makes the margin of the implicit reward the logit of the preference."""
+    name = loss_table.terms(section.loss)[0].name
+    usual = section.f_divergence == "reverse_kl" and not section.reference_free
+    return name in LOGITS and usual and (name == "robust" or not section.label_smoothing)
 
 
 def subset_names(preferences: Sequence[Preference]) -> list[str]:
@@ -146,6 +157,8 @@ def rewards_table(report: Mapping[str, Any]) -> str:
         if bench["missing"]:
             lines.append(f"  note: not in this set: {', '.join(bench['missing'])}")
     lines += ["", *(f"{name:<34}{value}" for name, value in _reading(report))]
+    if not report["bradley_terry"]:
+        lines.append(f"  note: {NO_LOGIT}")
     return "\n".join(lines)
 
 

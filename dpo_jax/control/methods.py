@@ -25,7 +25,7 @@ from dpo_jax.runtime.optim import linear_warmup, make_optimizer
 from dpo_jax.step import init_state
 from dpo_jax.types import Partitioner, TrainState, Variables
 
-Points = list[dict[str, float]]
+Points = list[dict[str, Any]]
 
 
 class Options(NamedTuple):
@@ -85,7 +85,7 @@ class Learner:
         options = {"expectile": o.expectile, "beta": o.beta, "gamma": self.world.gamma}
         return self.compiled(iql_step, critics=self.critics, log_prob=self.policy.log_prob, **options)
 
-    def measure(self, policy: Variables, step: int) -> dict[str, float]:
+    def measure(self, policy: Variables, step: int) -> dict[str, Any]:
         learned = np.asarray(self.policy.precision(policy), np.float64) if self.options.std is None else None
         return {"step": float(step), **self.world.measure(self.act, policy, learned)}
 
@@ -109,7 +109,7 @@ class Learner:
         def evaluate(state: TrainState, done: int) -> Mapping[str, Any]:
             assert points is not None
             points.append(self.measure(policy_of(partitioner.to_host(state.params)), done))
-            return points[-1]
+            return {name: value for name, value in points[-1].items() if name != "episodes"}
 
         measured = Evaluation(evaluate, every=math.ceil((o.sft_steps + o.steps) / o.evaluations))
         begun = init_state(variables, self.tx).replace(step=np.int32(start))

@@ -159,15 +159,15 @@ class PendulumWorld:
 
     def measure(
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
-    ) -> Mapping[str, float]:
-        """The undiscounted return of an episode, from the same initial states for every policy."""
+    ) -> Mapping[str, Any]:
+        """The undiscounted return of an episode, and those of all `episodes`, from the same initial states for every policy."""
         _, _, rewards = self._episodes(
             self.episodes, 0, lambda _, states: np.asarray(act(variables, states.astype(np.float32)), np.float64)
         )
         totals = rewards.sum(axis=1)
         half = 1.96 * totals.std(ddof=1) / math.sqrt(len(totals))
         value = float(totals.mean())
-        return {"return": value, "return_low": value - half, "return_high": value + half}
+        return {"return": value, "return_low": value - half, "return_high": value + half, "episodes": totals.tolist()}
 
 
 def angle_and_speed(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

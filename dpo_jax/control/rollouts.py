@@ -47,8 +47,9 @@ class World(Protocol):
 
     def measure(
         self, act: Callable[[Variables, Any], Any], variables: Variables, precision: np.ndarray | None = None
-    ) -> Mapping[str, float]:
-        """The return of a policy with its 95 % interval: `return`, `return_low`, `return_high`; and values of the world."""
+    ) -> Mapping[str, Any]:
+        """The return of a policy with its 95 % interval: `return`, `return_low`, `return_high`; values of the world; and where
+        the return is estimated, those of all `episodes`, whose initial states are the same for every policy."""
         ...
 
 

@@ -8,23 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from dpo_jax.lab.paired import mean_gain
 from dpo_jax.lab.robust import Grid
-from dpo_jax.lab.seeds import last_points, over_seeds, student
+from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result
 
 COLUMNS = ("method", "preferences", "seed", "step", "return", "return_low", "return_high", "excess", "kl", "seconds")
-POINT = {name: float for name in ("step", "return", "return_low", "return_high")}
+POINT = {**{name: float for name in ("step", "return", "return_low", "return_high")}, "episodes?": [float]}
+SEEDS, BOTH = "seeds alone", "episodes and seeds"  # what an interval is over
 
 
 def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """One row per measured point: `COLUMNS`."""
+    """One row per measured point: `COLUMNS`. Returns of single episodes stay in the results of the runs."""
     return [
         {
             "method": r.run.method,
             "preferences": r.run.settings["preferences"],
             "seed": r.run.seed,
             "seconds": r.seconds,
-            **point,
+            **{name: value for name, value in point.items() if name != "episodes"},
         }
         for r in results
         for point in r.points
@@ -33,8 +35,8 @@ def rows(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 def summarized(results: Sequence[Result], optimal: float) -> dict[str, Any]:
     """Summary with `returns` of each method and kind of preferences (mean of the last points over seeds, 95 % interval,
-    standard error over seeds) and `ahead`, CPL's return minus that of each other method, paired by seed, with the 95 %
-    interval (Student's t; none for one seed).
+    standard error over seeds) and `ahead`, CPL's return minus that of each other method (`_lead`). `over` says what an
+    interval is over.
     """
     by_run = {key: [of[seed] for seed in sorted(of)] for key, of in last_points(results).items()}
     kinds = {r.run.label: r.run.settings["preferences"] for r in results}
@@ -45,24 +47,28 @@ def summarized(results: Sequence[Result], optimal: float) -> dict[str, Any]:
         row = {"method": method, "preferences": kinds[label], "seeds": len(points)}
         row |= {f"return{end}": value for end, value in found.items()}
         row["standard_error"] = _error(values)
+        row["over"] = BOTH if any(point["return_low"] < point["return"] for point in points) else SEEDS
         for name in ("excess", "kl"):
             if name in points[0]:
                 row[name] = float(np.mean([point[name] for point in points]))
         returns.append(row)
         if method != "cpl" and ("cpl", label) in by_run:
-            apart = np.array([point["return"] for point in by_run["cpl", label]]) - values
-            error, mean = _error(apart), float(apart.mean())
-            low, high = (None, None) if error is None else (mean - (half := student(len(apart)) * error), mean + half)
-            ahead.append(
-                {
-                    "of": method,
-                    "preferences": kinds[label],
-                    "return": mean,
-                    "return_low": low,
-                    "return_high": high,
-                }
-            )
+            ahead.append({"of": method, "preferences": kinds[label], **_lead(by_run["cpl", label], points)})
     return {"optimal": optimal, "returns": returns, "ahead": ahead}
+
+
+def _lead(cpl: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """CPL's return minus the other's, paired by seed and, as all policies start from the same states, by episode: its mean and
+    its 95 % interval over episodes and seeds. Exact returns, and results of earlier versions, have no episodes: then it is over
+    seeds alone (Student's t), and None for one seed."""
+    pairs = list(zip(cpl, others, strict=True))
+    if all("episodes" in point for pair in pairs for point in pair):
+        apart = {n: np.array(one["episodes"]) - np.array(other["episodes"]) for n, (one, other) in enumerate(pairs)}
+        found = mean_gain(apart, seed=0) or {}
+        return {f"return{end}": found[end] for end in ("", "_low", "_high")} | {"over": BOTH}
+    points = [dict.fromkeys(("x", "x_low", "x_high"), one["return"] - other["return"]) for one, other in pairs]
+    found = {**over_seeds(points, "x"), **(dict.fromkeys(("_low", "_high")) if len(points) == 1 else {})}
+    return {f"return{end}": value for end, value in found.items()} | {"over": SEEDS}
 
 
 def _error(values: np.ndarray) -> float | None:
@@ -81,13 +87,18 @@ def tables(summary: Mapping[str, Any]) -> list[Grid]:
         extra = [f"cost over the optimal one, by {kind}" for kind in kinds]
     else:
         extra = []
-    note = f"mean and 95 % interval over seeds; the optimum or expert has {summary['optimal']:.2f}"
+    note = f"mean and 95 % interval over {_over(summary['returns'])}; the optimum or expert has {summary['optimal']:.2f}"
     found = [Grid("return", [f"by {kind}" for kind in kinds] + extra, body, note)]
     others = [method for method in methods if any((method, kind) in ahead for kind in kinds)]
     if others:
         body = [[method, *(_cell(ahead.get((method, kind))) for kind in kinds)] for method in others]
-        found.append(Grid("CPL is ahead of", [f"by {kind}" for kind in kinds], body, "difference of returns by seeds"))
+        note = f"difference of returns, with its 95 % interval over {_over(summary['ahead'])}"
+        found.append(Grid("CPL is ahead of", [f"by {kind}" for kind in kinds], body, note))
     return found
+
+
+def _over(rows: Sequence[Mapping[str, Any]]) -> str:
+    return " or ".join(dict.fromkeys(row["over"] for row in rows))
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:

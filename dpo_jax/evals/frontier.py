@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpo_jax.evals.intervals import Interval
+from dpo_jax.evals.intervals import Interval, student
 from dpo_jax.head import CHUNK, at_least_float32
 from dpo_jax.types import Array, Model, Rows, Variables
 
@@ -89,14 +89,15 @@ def measured(method: str, setting: str, *, rewards: Array, kls: Array, seed: int
     return Point(method, setting, float(np.mean(kls)), float(np.mean(rewards)), *intervals, kl_bound)
 
 
-def bootstrap_interval(values: Array, seed: int, *, resamples: int = RESAMPLES, confidence: float = 0.95) -> Interval:
-    """Percentile interval of the mean of `values[P]` over resampled prompts (Efron 1979). Its width is 0 for a single prompt.
+def bootstrap_interval(values: Array, seed: int, *, resamples: int = RESAMPLES) -> Interval:
+    """95 % interval of the mean of `values[P]` over resampled prompts (Efron 1979), widened for few prompts (`_ends`).
+
+    Its width is 0 for a single prompt.
 
     Several completions of one prompt are not independent: pass their mean, one value per prompt.
     """
     values = _finite(values, "values", axes=1)
-    means = _resampling(len(values), seed, resamples) @ values
-    low, high = _quantiles(means, confidence)
+    low, high = _ends(_resampling(len(values), seed, resamples) @ values, values.mean(), len(values))
     return float(low), float(high)
 
 
@@ -125,6 +126,14 @@ class Optimum:
     def reach(self) -> float:
         """The largest KL up to which the curve can be trusted, in nats."""
         return float(self.kl[self.trusted].max(initial=0.0))
+
+    def gain(self, at: float, *, seed: int = 0) -> tuple[float, Interval]:
+        """The reward over the reference's at the KL `at`, on the same prompts, with its 95 % interval over prompts."""
+        drawn = _resampling(len(self.prompt_kl), seed, RESAMPLES)
+        means = zip(drawn @ self.prompt_kl, drawn @ self.prompt_reward, drawn @ self.prompt_reference, strict=True)
+        gain = float(_reward_at(at, self.kl, self.reward, self.reference) - self.reference)
+        low, high = _ends(np.array([_reward_at(at, *mean) - mean[2] for mean in means]), gain, len(self.prompt_kl))
+        return gain, (float(low), float(high))
 
 
 class Beside(NamedTuple):
@@ -171,9 +180,10 @@ def optimum(
     reference, _, _, other_reference = _tilted(rewards, log_ratios, math.inf, beside)
 
     drawn = _resampling(len(rewards), seed, resamples)
-    another = (
-        None if beside is rewards else Beside(other.mean(axis=0), _quantiles(drawn @ other), float(other_reference.mean()))
-    )
+    another, prompts = None, len(rewards)
+    if beside is not rewards:
+        center = other.mean(axis=0)
+        another = Beside(center, _ends(drawn @ other, center, prompts), float(other_reference.mean()))
     curve = kl.mean(axis=0), reward.mean(axis=0), reference.mean()
     means = zip(drawn @ kl, drawn @ reward, drawn @ reference, strict=True)
     at_equal_kl = np.array([_reward_at(curve[0], *resampled) for resampled in means])
@@ -182,7 +192,7 @@ def optimum(
         kl=curve[0],
         reward=curve[1],
         ess=1 / (inverse_ess.mean(axis=0) * rewards.shape[1]),
-        band=_quantiles(at_equal_kl),
+        band=_ends(at_equal_kl, curve[1], prompts),
         samples=rewards.shape[1],
         reference=float(curve[2]),
         prompt_kl=kl,
@@ -339,8 +349,14 @@ def _resampling(prompts: int, seed: int, resamples: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples) / prompts
 
 
-def _quantiles(values: np.ndarray, confidence: float = 0.95) -> np.ndarray:
-    return np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+def _ends(resampled: np.ndarray, center: np.ndarray | float, prompts: int) -> np.ndarray:
+    """95 % percentile interval of estimates `[resamples, ...]` by the bootstrap, stretched about `center`: [2, ...].
+
+    The bootstrap's spread is too small by sqrt((P - 1) / P), and its quantiles are those of a normal instead of Student's t.
+    For the mean of 4, 16 and 48 normal values, the percentile interval covers 80, 92 and 93 %.
+    """
+    ends = np.quantile(resampled, [0.025, 0.975], axis=0)
+    return ends if prompts < 2 else center + (ends - center) * student(prompts) / 1.959964 * math.sqrt(prompts / (prompts - 1))
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:

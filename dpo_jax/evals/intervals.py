@@ -50,7 +50,10 @@ def score_interval(scores: Array, sizes: Array | None = None) -> Interval:
     in Bonett and Price 2012): a few equal scores are not certainty. Without ties it is Wilson's own interval.
 
     Each score may be a mean of several ratings: `sizes[n]`, positive, are their numbers, which weight the mean. The scores are
-    assumed independent, not the ratings.
+    assumed independent, not the ratings. A few large scores decide a mean as a small sample does: the quantile grows as
+    Student's t from n scores to the number of equal ones with this share of squares (Kish 1965). Equal sizes change nothing.
+    In simulations where 3 scores in 4 have size 1 and the others 30, intervals of 10 scores cover 98 % (75 to 95 % without
+    this), of 30 scores 91 to 98 % (90 to 97 %). One score of size 60 among 19 of size 1 stays below: 75 to 92 % for 100.
 
     >>> [round(end, 3) for end in score_interval([1, 1, 0.5, 0.5, 0.5, 0])]
     [0.298, 0.822]
@@ -58,7 +61,16 @@ def score_interval(scores: Array, sizes: Array | None = None) -> Interval:
     scores = np.asarray(scores, np.float64)
     mean = float(np.average(scores, weights=sizes)) if len(scores) else 0.0
     effective = effective_number(scores, sizes)
-    return wilson_interval(mean * effective, effective)
+    return wilson_interval(mean * effective, effective, z=1.959964 * _stretch(sizes))
+
+
+def _stretch(sizes: Array | None) -> float:
+    """How much wider unequal `sizes` make the interval, at least 1."""
+    if sizes is None or len(sizes) < 2:
+        return 1.0
+    sizes = np.asarray(sizes, np.float64)
+    equal = float(sizes.sum() ** 2 / (sizes**2).sum())  # between 1 and len(sizes)
+    return student(max(equal, 2.0)) / student(len(sizes))
 
 
 def effective_number(scores: Array, sizes: Array | None = None) -> float:
@@ -100,7 +112,7 @@ def mean_with_error(values: Array) -> tuple[float, float]:
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
 
 
-def student(count: int) -> float:
+def student(count: float) -> float:
     """The 97.5 % quantile of Student's t for the mean of `count` values, at least 2.
 
     >>> student(2), student(3), student(30)

@@ -20,6 +20,7 @@ from dpo_jax.diffusion.reference import DiffusionReferences, image_uids
 from dpo_jax.diffusion.samplers import ddpm_path, guided
 from dpo_jax.diffusion.schedule import Schedule, Weighting
 from dpo_jax.diffusion.step import ImagePairs, Images, diffusion_dpo_step, diffusion_sft_step, pair_errors
+from dpo_jax.evals.intervals import score_interval
 from dpo_jax.extras import install_command
 from dpo_jax.lab.world import Points, with_interval
 from dpo_jax.losses import PreferenceLoss
@@ -193,6 +194,8 @@ class DigitsWorld:
         found: dict[str, float] = {}
         for name, each in values.items():
             found |= with_interval(name, np.asarray(each, np.float64), self.seed)
+        # The bootstrap would be certain if all are right.
+        found["accuracy_low"], found["accuracy_high"] = score_interval(values["accuracy"])
         return found, images
 
     def run(

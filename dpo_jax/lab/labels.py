@@ -49,7 +49,8 @@ def label_table(
     results: Sequence[Result], optimum: Optimum, *, share: float = SHARE, at: float = WITHIN
 ) -> list[dict[str, Any]]:
     """A row for each setting whose points have `labels`: the labels each seed needs to reach `share` at KL `at`, their mean,
-    and its 95 % interval over seeds (Student's t; None of one seed). `labels` is None where a seed does not reach it.
+    and its 95 % interval over seeds (Student's t; None of one seed), with the optimum taken as exact. `labels` is None where a
+    seed does not reach it.
 
     Settings (betas) stay apart: one that ends at a smaller KL does not reach the share, and is no seed of another."""
     spent = [result for result in results if "labels" in result.points[-1]]
@@ -75,7 +76,8 @@ def label_table(
 
 def label_words(rows: Sequence[Mapping[str, Any]]) -> str:
     """The table as text."""
-    lines = [f"labels for {rows[0]['share']:.0%} of the possible gain at KL {rows[0]['kl']:g} (95 % over seeds):"]
+    title = f"labels for {rows[0]['share']:.0%} of the possible gain at KL {rows[0]['kl']:g}"
+    lines = [f"{title} (95 % over seeds, the optimum taken as exact):"]
     for row in rows:
         some = ", ".join("not reached" if x is None else f"{x:,.0f}" for x in row["each"])
         known = row["labels_low"] is not None

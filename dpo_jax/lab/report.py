@@ -12,6 +12,7 @@ import numpy as np
 
 from dpo_jax.data.terminal import csv_cell, json_text
 from dpo_jax.evals.frontier import Optimum, Point, best_of_n, bootstrap_interval, envelope, regret
+from dpo_jax.evals.intervals import Interval
 from dpo_jax.lab.seeds import last_points, over_seeds
 from dpo_jax.lab.sweep import Result, Run
 from dpo_jax.lab.world import LEARNED, SECOND
@@ -140,9 +141,10 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
     these rewards never fall with it; the figure shows policies whose reward does.
 
     `_low` and `_high`: the same with all rewards at that end of their 95 % intervals. With several seeds, each seed mixes its
-    own policies, and these are the mean and the interval of `over_seeds`. `seeds`: how many seeds have a policy that reaches
-    this KL. Values are None where no seed reaches it, or where the optimum cannot be trusted."""
-    found = []
+    own policies, and these are the mean and the interval of `over_seeds`. Ends of a share also cover the optimum's gain, which
+    is estimated from few prompts; KLs and the reference's reward are taken as exact. `seeds`: how many seeds have a policy that
+    reaches this KL. Values are None where no seed reaches it, or where the optimum cannot be trusted."""
+    found, best = [], {at: optimum.gain(at) for at in _kls(results)}
     for method in dict.fromkeys(result.run.method for result in results if result.run.method != REFERENCE):
         base = base_of(results, optimum, method)
         seeds = dict.fromkeys(result.run.seed for result in results if result.run.method == method)
@@ -150,12 +152,22 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
         for at in _kls(results):
             mixed = [_mixed(points, at, base) for points in mine if at <= max(point["kl"] for point in points)]
             rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
+            missed = missed_share(np.array([*rewards.values()]), at, optimum, base) if at <= optimum.reach else [math.nan] * 3
+            shares = _with_optimum(*(1 - float(x) for x in missed), *best[at])
             row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
-            for end, reward in rewards.items():
-                missed = float(missed_share(reward, at, optimum, base)) if at <= optimum.reach else math.nan
-                row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(1 - missed)}
+            for (end, reward), share in zip(rewards.items(), shares, strict=True):
+                row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(share)}
             found.append(row)
     return found
+
+
+def _with_optimum(share: float, low: float, high: float, gain: float, of: Interval) -> tuple[float, float, float]:
+    """A share of the optimum's `gain` and its interval, with the part of the gain's own interval `of` in quadrature."""
+    if math.isnan(share):
+        return share, low, high
+    less, more = abs(share) * (gain - of[0]) / gain, abs(share) * (of[1] - gain) / gain
+    less, more = (more, less) if share >= 0 else (less, more)  # of a larger gain it is a smaller share
+    return share, share - math.hypot(share - low, less), share + math.hypot(high - share, more)
 
 
 def _mixed(points: Sequence[Mapping[str, float]], at: float, base: float) -> dict[str, float]:
@@ -194,6 +206,7 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
     brackets = "in brackets: share of the optimum's gain over the reference, with its 95 % interval over prompts"
     brackets += f" and seeds (Student's t; seeds: {several})" if several else ""
+    brackets += ", those of the optimum too; KLs and the reference are taken as exact"
     counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
     return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
 

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import optax
 
-from dpo_jax.data.encode import Bos, Encoded
+from dpo_jax.data.encode import Bos, Encoded, prompt_key
 from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.layout import Layout
 from dpo_jax.data.loader import eval_batches, plan_layout, round_up, total_steps, train_batches
 from dpo_jax.data.pairs import Cause, DataError
 from dpo_jax.data.prepare import data_digest
+from dpo_jax.evals.calibration import accuracy
 from dpo_jax.evals.reward_functions import Reward, learned, with_ends
 from dpo_jax.lab.methods import row_parts
 from dpo_jax.lab.world import World
@@ -84,6 +85,13 @@ def judged(rewards: np.ndarray) -> dict[str, float]:
     return {"loss": float(np.logaddexp(0, -margins).mean()), "accuracy": float((1 + np.sign(margins)).mean() / 2)}
 
 
+def accuracy_words(figures: Mapping[str, float]) -> str:
+    """The accuracy of `fit_reward_model`'s figures, with its interval and what it was measured on."""
+    low, high = figures["accuracy_low"], figures["accuracy_high"]
+    which = f"on the {figures['held_out']:.0f} held-out pairs that chose the checkpoint"
+    return f"accuracy {figures['accuracy']:.3f} ({low:.3f} to {high:.3f}) {which}"
+
+
 def _of_pairs(model: Model, variables: Variables, rows: Rows) -> jax.Array:
     return slots_to_pairs(completion_rewards(model, variables, rows), rows)
 
@@ -114,12 +122,14 @@ def fit_reward_model(
 ) -> tuple[Variables, dict[str, float]]:
     """Trains a reward model. Returns the variables with the lowest validation loss, on the host, and their figures.
 
-    Training starts from a policy's variables `start`. A killed run in `folder` continues if it has the same `fingerprint` (JSON
-    values: settings and digests, to which this function's own are added); `training.run.train` does this and takes the other
-    `options`. Validation holds out whole prompts, because pairs of one prompt may share completions. The rewards have mean 0
-    over all completions of `pairs` (section 3 of the paper). `make_tx(steps=n)` makes the optimizer of a run of `n` steps.
-    `make_state(variables, tx=...)` makes the state before the first step and thus selects what is trained. Raises `DataError`
-    if all pairs have a single prompt, and `NonFinite` where the validation loss is not finite.
+    The figures are of the held-out pairs that chose these variables, so they are rather too good; `accuracy_low` and
+    `accuracy_high` are the 95 % interval over prompts. Training starts from a policy's variables `start`. A killed run in
+    `folder` continues if it has the same `fingerprint` (JSON values: settings and digests, to which this function's own are
+    added); `training.run.train` does this and takes the other `options`. Validation holds out whole prompts, because pairs of
+    one prompt may share completions. The rewards have mean 0 over all completions of `pairs` (section 3 of the paper).
+    `make_tx(steps=n)` makes the optimizer of a run of `n` steps. `make_state(variables, tx=...)` makes the state before the
+    first step and thus selects what is trained. Raises `DataError` if all pairs have a single prompt, and `NonFinite` where the
+    validation loss is not finite.
     """
     partitioner = judge.partitioner
     groups = group_pairs(pairs)
@@ -151,7 +161,9 @@ def fit_reward_model(
         progress=Progress(epochs=epochs),
         **options,
     )
-    variables, figures = partitioner.to_host(state.variables), evaluate(state, steps)
+    variables, of_held_out = partitioner.to_host(state.variables), judge.of_pairs(state.variables, held_out, batch=batch)
+    spread = accuracy(of_held_out[:, 0] - of_held_out[:, 1], [prompt_key(pair) for pair in held_out])
+    figures = {**judged(of_held_out), "accuracy_low": spread["low"], "accuracy_high": spread["high"]}
     rewards = judge.of_pairs(state.variables, pairs, batch=batch)
     counts = {"step": float(best.best or steps), "pairs": float(len(pairs) - len(held_out)), "held_out": float(len(held_out))}
     return center_rewards(variables, rewards), {**figures, **counts}

@@ -17,6 +17,7 @@ from dpo_jax.data.groups import PairGroup, group_pairs
 from dpo_jax.data.images import ImageFile, Processing, as_png, open_image, pixels
 from dpo_jax.data.layout import Completion
 from dpo_jax.data.loader import plan_layout, train_batches
+from dpo_jax.evals.intervals import score_interval
 from dpo_jax.lab.methods import PairData, PairMethod, grouped_data, in_layout
 from dpo_jax.lab.scene_encoder import encoder_config, train_encoder
 from dpo_jax.lab.world import Points, with_interval
@@ -247,18 +248,19 @@ def point_of(captions: Sequence[str], scenes: Sequence[data.Scene], *, seed: int
     counts = np.array([data.count(text, scene.things) for text, scene in zip(captions, scenes, strict=True)], np.float64)
     mentioned, hallucinated, recalled, there = counts.T
     return {
-        **with_interval("hallucinated", _share(hallucinated, mentioned), seed),
-        **with_interval("recalled", _share(recalled, there), seed),
+        **_share("hallucinated", hallucinated, mentioned),
+        **_share("recalled", recalled, there),
         **with_interval("mentioned", mentioned, seed),
     }
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Values [n] whose mean is sum(part) / sum(whole), and whose variance is that of the ratio (linearized)."""
-    if not whole.any():
-        return np.zeros(len(whole))
-    share = part.sum() / whole.sum()
-    return share + (part - share * whole) / whole.mean()
+def _share(name: str, part: np.ndarray, whole: np.ndarray) -> dict[str, float]:
+    """sum(part) / sum(whole) as `name`, with its 95 % interval over scenes. No event is no certainty, unlike in a bootstrap."""
+    some = whole > 0
+    if not some.any():
+        return dict.fromkeys((name, f"{name}_low", f"{name}_high"), 0.0)
+    low, high = score_interval(part[some] / whole[some], whole[some])
+    return {name: float(part.sum() / whole.sum()), f"{name}_low": low, f"{name}_high": high}
 
 
 def _adam(rate: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from dpo_jax.lab.world import SECOND
 
 BOTH, ONE, FALLS, NONE = "both rise", "only the first rises", "the first rises, the second falls", "no gain beyond scatter"
 ENDS = ("", "_low", "_high")
+CHOSEN = "Each method is at the best of its settings, chosen by the reward of the same prompts: its gain is optimistic."
 
 
 def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
@@ -23,6 +25,7 @@ def gains(results: Sequence[Result], optimum: Optimum) -> list[dict[str, Any]]:
     the second reward, with 95 % intervals (`_low`, `_high`), and `reading`.
 
     The intervals treat policy and reference as independent, though they share their prompts, so they are rather too wide.
+    The setting is chosen on the same prompts: the more settings a method has, the more optimistic is its gain.
     `turned` names the method's setting of smaller KL whose second reward was higher by more than these intervals, or is "".
     The optimum is read at the largest KL at which it can be trusted.
     """
@@ -73,13 +76,16 @@ def _row(method: str, label: str, found: Mapping[str, Mapping[str, float]], star
 
 
 def _turned(settings: Mapping[str, Mapping[str, Mapping[str, float]]], label: str) -> str:
-    """The setting closer to the reference whose second reward exceeds that of `label` by more than their intervals."""
+    """The setting closer to the reference whose second reward exceeds that of `label` by more than their intervals.
+
+    It is the best of k such settings, so these are at 1 - 0.05 / k (Bonferroni), by quantiles of a normal."""
     here = settings[label]
     nearer = [other for other, its in settings.items() if its["kl"][""] < here["kl"][""]]
     best = max(nearer, key=lambda other: settings[other][SECOND][""], default=label)
     there = settings[best][SECOND]
     apart = math.hypot(there[""] - there["_low"], here[SECOND]["_high"] - here[SECOND][""])
-    return best if there[""] - here[SECOND][""] > apart else ""
+    wider = NormalDist().inv_cdf(1 - 0.025 / max(1, len(nearer))) / NormalDist().inv_cdf(0.975)
+    return best if there[""] - here[SECOND][""] > apart * wider else ""
 
 
 def over_optimized(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[str]]:
@@ -97,7 +103,7 @@ def summary(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:
         lines.append(
             f"{row['method']:26}{row['label']:>16}{row['kl']:>8.2f}{cells[0]:>26}{cells[1]:>28}  {row['reading']}{turned}"
         )
-    return "\n".join([*lines, words(rows, name=name)])
+    return "\n".join([*lines, CHOSEN, words(rows, name=name)])
 
 
 def words(rows: Sequence[Mapping[str, Any]], *, name: str) -> str:

@@ -352,10 +352,10 @@ class Rounds:
 
 
 def _words(row: Mapping[str, Any]) -> str:
-    reward = "" if row["reward"] is None else f"reward {row['reward']:.2f}, "
+    reward = "" if row["reward"] is None else f"reward of the labeled samples {row['reward']:.2f}; "
     return (
-        f"round {row['round']}: {row['labels']:,} labels ({row['labels_so_far']:,} so far), {row['pairs']:,} pairs; samples: "
-        f"{reward}KL {row['kl']:.2f} nats; the implicit reward agrees with {row['accuracy']:.0%} of the new pairs"
+        f"round {row['round']}: {row['labels']:,} labels ({row['labels_so_far']:,} so far), {row['pairs']:,} pairs; {reward}"
+        f"KL of all samples {row['kl']:.2f} nats; the implicit reward agrees with {row['accuracy']:.0%} of the new pairs"
     )
 
 

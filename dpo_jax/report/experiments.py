@@ -12,6 +12,7 @@ from typing import Any
 from dpo_jax.evals.frontier_panels import Spot, plot_learned, plot_lengths
 from dpo_jax.evals.frontier_plot import plot_trajectories
 from dpo_jax.evals.overoptimization import declines, trajectories
+from dpo_jax.lab.second_reward import CHOSEN
 from dpo_jax.lab.seeds import over_seeds
 from dpo_jax.lab.world import LEARNED, SECOND
 from dpo_jax.plotting.curves import KL_OF_SAMPLES
@@ -103,7 +104,8 @@ def _second(caption: str, found: Mapping[str, Any] | None) -> list[Block]:
         for row in found["gains"]
     ]
     columns = ["policy of the highest true reward", "KL", "gain in reward", f"gain in {found['name']}", "reading"]
-    return [Table(columns, rows, caption=caption, note="Gains over the reference, with 95 % intervals."), Text(found["words"])]
+    note = f"Gains over the reference, with 95 % intervals. {CHOSEN}"
+    return [Table(columns, rows, caption=caption, note=note), Text(found["words"])]
 
 
 def _ended(results: Sequence[Mapping[str, str]], name: str) -> Ended:
@@ -247,6 +249,7 @@ def _falls(run: RunRecord) -> list[list[str]]:
     for _, stage in one_or_more([run], "frontier"):
         for row in declines(stage.read("results.csv", read_results, [])):
             name = " ".join(filter(None, (row.method, row.setting, f"seed {row.seed}")))
-            seen = f"after KL {row.best_kl:.2f}" if row.overoptimized else f"not seen up to KL {row.last_kl:.2f}"
+            none = f"no fall beyond the interval within this run, up to KL {row.last_kl:.2f}"
+            seen = f"after KL {row.best_kl:.2f}" if row.overoptimized else none
             rows.append([name, seen, "frontier, measured"])
     return rows + [[stage, UNKNOWN, "-"] for stage in POLICIES if stage in run.stages]

@@ -54,6 +54,7 @@ EVALUATION = {
     "weights?": {str: str},
     "sampling?": {"max_new_tokens?": int},
     "of_run?": bool,
+    "chosen_on_these?": bool,
 }
 
 _SHARE = {"accuracy": float, "low": float, "high": float}
@@ -74,6 +75,7 @@ REWARDS = {
         **dict.fromkeys(("ece", "expected_ece", "expected_ece_high", "overconfidence"), float),
         **dict.fromkeys(("ece_interval", "overconfidence_interval"), [float, float]),
     },
+    "bradley_terry?": bool,
     "length": {"mean_tokens": [float, float], "accuracy": [_SUBSET]},
 }
 

@@ -33,6 +33,7 @@ MEASURES = (
     Measure("samples cut by the token limit", "cut", ".0%"),
     Measure("repeated 4-grams of samples", "repetition", ".0%"),
 )
+CHOSEN = "The weights were chosen on these pairs (keep_best, patience): results on pairs are optimistic."
 READING = f"{KL_OF_SAMPLES} is per completion, from samples of the policy. ±: one standard error."
 
 
@@ -45,6 +46,8 @@ def result_table(report: Mapping[str, Any]) -> str:
         if policy.get(key) is not None:
             before, after = (_number(values.get(key), form) for values in (reference, policy))
             lines.append(f"{label:<{LABEL}}{before:>{NUMBER}}{after:>{NUMBER}}  {_uncertainty(policy, key, form)}".rstrip())
+    if report.get("chosen_on_these"):
+        lines += textwrap.wrap(CHOSEN, WIDTH)
     if "kl" in policy:
         lines += textwrap.wrap(READING, WIDTH)
     for sample in report.get("samples", [])[:3]:

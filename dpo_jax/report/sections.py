@@ -15,7 +15,7 @@ from dpo_jax.data.pairs import FILTERED
 from dpo_jax.plotting.curves import KL_OF_SAMPLES, PANELS, series
 from dpo_jax.report.page import Block, Figures, Sample, Section, Side, Table, Text
 from dpo_jax.report.record_shapes import SAMPLE, SAMPLE_OF_TRAINING
-from dpo_jax.report.result_table import MEASURES, with_interval
+from dpo_jax.report.result_table import CHOSEN, MEASURES, with_interval
 from dpo_jax.report.run_record import TRAINING, RunRecord, Stage, kind_of, of, one_or_more
 
 _Shown = tuple[str, tuple[str, ...]]
@@ -47,6 +47,8 @@ def evaluation(runs: Sequence[RunRecord]) -> Section | None:
             f"{pairs}. Brackets: 95 % interval (Wilson). ±: one standard error. A policy equal to its reference has accuracy "
             f"0.5. {KL_OF_SAMPLES} is per completion, from samples of the policy."
         )
+        chosen = [of(run, runs, CHOSEN) for run, report in found if report.get("chosen_on_these")]
+        note = " ".join([note, *chosen])
         blocks.append(Table(columns, [[label, *row] for label, row in cells.items()], note=note))
     rows = [row for run, stage in one_or_more(runs, "sft") if (row := _sft_row(of(run, runs, "sft"), stage))]
     if rows:
@@ -118,6 +120,8 @@ def _calibration(report: Mapping[str, Any]) -> Table:
         *([f"accuracy, {row['subset']} ({row['pairs']:,} pairs)", _share(row)] for row in length["accuracy"]),
     ]
     note = "Belief is the logistic function of the margin's size. ECE is biased upward: compare it with the line below it."
+    if not report.get("bradley_terry", True):
+        note += " Both presume that the margin is a logit (Bradley-Terry), which this loss does not fit."
     return Table(["calibration and length", "value"], rows, note=note)
 
 

@@ -160,6 +160,7 @@ def _write(config: Config, run_dir: RunDir, both: Compared, report: dict[str, An
         with writing(run_dir.path / "samples.jsonl") as file:
             file.writelines(json_text(line) + "\n" for line in report["samples"])
         report["samples"] = report["samples"][:3]
+    report["chosen_on_these"] = report["of_run"] and _chosen_on(config, both.held_out)
     metrics = Path(config.run.dir, "dpo", "metrics.jsonl")
     health = examine_run(report, read_metrics(metrics) if report["of_run"] and metrics.is_file() else ())
     report["notes"] = [note._asdict() for note in health.notes]
@@ -281,6 +282,12 @@ def _other_pairs(config: Config, held_out: Sequence[Encoded]) -> bool:
     found = newest_meta(config.checkpoints_of("dpo"))
     digest = found[1].get("data", {}).get(HELD_OUT) if found else None
     return digest is not None and digest != data_digest(held_out)
+
+
+def _chosen_on(config: Config, held_out: Sequence[Encoded]) -> bool:
+    """Whether the run's weights are those of its best evaluation, on these pairs."""
+    found = newest_meta(config.checkpoints_of("dpo"))
+    return found is not None and "best" in found[1].get("early_stopping", {}) and not _other_pairs(config, held_out)
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from dpo_jax.lab import report
 from dpo_jax.lab.labels import label_table, label_words
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.optimum import Drawn, estimate, kept_in, to_json
-from dpo_jax.lab.reward_model import learn_reward
+from dpo_jax.lab.reward_model import accuracy_words, learn_reward
 from dpo_jax.lab.second_reward import gains
 from dpo_jax.lab.second_reward import summary as second_summary
 from dpo_jax.lab.second_reward import words as second_words
@@ -219,7 +219,7 @@ class _Study:
         )
         if hosts.is_first():
             write_json(folder / "result.json", figures)
-        print(f"reward model: held-out accuracy {figures['accuracy']:.3f}, loss {figures['loss']:.3f}", flush=True)
+        print(f"reward model: {accuracy_words(figures)}, loss {figures['loss']:.3f}", flush=True)
         return reward
 
     def optimum(self, results: Sequence[Result]) -> tuple[Optimum, Drawn]:

@@ -26,7 +26,7 @@ from dpo_jax.data.tokenizer import tokenizer_digest
 from dpo_jax.evals.reward_functions import Reward
 from dpo_jax.lab.methods import PairData, PairMethod, pair_data
 from dpo_jax.lab.ppo import PpoMethod
-from dpo_jax.lab.reward_model import learn_reward
+from dpo_jax.lab.reward_model import accuracy_words, learn_reward
 from dpo_jax.lab.sweep import Run
 from dpo_jax.lab.world import Points, Prompts, Scored, World
 from dpo_jax.training.fingerprint import architecture
@@ -86,7 +86,7 @@ class Setup:
             microbatches=self.config.dpo.microbatches,
             bos=self.config.data.bos,
         )
-        print(f"reward model of {name}: held-out accuracy {figures['accuracy']:.3f}", flush=True)
+        print(f"reward model of {name}: {accuracy_words(figures)}", flush=True)
         return reward
 
     def ppo(self, world: World) -> PpoMethod:
