@@ -163,7 +163,7 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
 
 def _with_optimum(share: float, low: float, high: float, gain: float, of: Interval) -> tuple[float, float, float]:
     """A share of the optimum's `gain` and its interval, with the part of the gain's own interval `of` in quadrature."""
-    if math.isnan(share):
+    if math.isnan(share) or gain <= 0:
         return share, low, high
     less, more = abs(share) * (gain - of[0]) / gain, abs(share) * (of[1] - gain) / gain
     less, more = (more, less) if share >= 0 else (less, more)  # of a larger gain it is a smaller share
