@@ -77,6 +77,20 @@ def test_other_json_texts_stay_texts(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps([{"role": "Batman", "actor": "Bale"}]),
+        json.dumps([ASKED, GOOD]) + " is the list.",
+        str([{"role": "user", "rights": "read"}]),
+        str([ASKED, GOOD]) + " is the list.",
+    ],
+)
+def test_an_answer_that_begins_like_messages_stays_a_text(answer, tmp_path):
+    row = {"prompt": "List the roles as JSON", "chosen": answer, "rejected": "None."}
+    assert load(written(tmp_path / "train.jsonl", row))[0].chosen == answer
+
+
+@pytest.mark.parametrize(
     ("chosen", "words"),
     [
         (str([ASKED, GOOD]), "train.jsonl:1: chosen: wrong_type: messages in Python's notation"),
