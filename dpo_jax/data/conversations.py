@@ -9,7 +9,7 @@ from typing import Any
 
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
-from dpo_jax.data.roles import KNOWN, role_of, unknown_role, with_roles
+from dpo_jax.data.roles import KNOWN, OBSERVATION, role_of, unknown_role, with_roles
 
 IMPLICIT = "if chosen and rejected begin with it: --data.columns prompt="
 
@@ -103,7 +103,7 @@ def _role(name: Any) -> str | None:
     """The template's name of a ShareGPT role. Raises `BadRow` for an unknown one, which a template would write as it is."""
     if not isinstance(name, str):
         return None
-    if (role := role_of(name)) not in KNOWN:
+    if (role := role_of(name)) not in (*KNOWN, OBSERVATION):
         raise unknown_role(name, field="from")
     return role
 
