@@ -42,6 +42,15 @@ def test_what_ranks_no_completions_is_only_listed(tmp_path):
     assert read.report.notes[-1] == "columns that are not read: 'labels', 'turns', 'models', 'label'"
 
 
+def test_lists_that_are_as_long_as_the_completions_by_chance_rank_nothing(tmp_path):
+    row = FRUIT | {"tag_ids": [7, 8, 9], "num_tokens": [2, 3, 3], "years": [1990]}
+    path = written(tmp_path / "train.jsonl", row, row, row | {"years": [1990, 1991, 1992]})
+    assert [ranking.chosen for ranking in load(path, rows="rankings")] == [" a brick"] * 3
+    path = written(tmp_path / "train.jsonl", row, FRUIT | {"rewards": [1, 2, 3]}, FRUIT | {"rewards": None})
+    with pytest.raises(DataError, match=r"train.jsonl:2: unread_column: .* rank the completions: 'rewards'"):
+        load(path, rows="rankings")
+
+
 def as_text(row, names):
     return {name: json.dumps(value) if name in names else value for name, value in row.items()}
 

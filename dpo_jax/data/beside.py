@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from dpo_jax.data.unread import (
 _PARTS = {*PROMPT, "functions", "prefix", "steps", "documents"}
 _COPIES = {"messages", "conversation", "conversations"}  # mostly of the whole: not decoded from parquet
 _SCORES = {"score", "scores", "rating", "ratings", "reward", "rewards"}
+_COUNTS = {"id", "ids", "idx", "num", "count", "counts", "length", "lengths", "len", "tokens", "index", "seed", "seeds"}
 
 
 class Unread(NamedTuple):
@@ -43,13 +44,27 @@ class Unread(NamedTuple):
     detail: str
 
 
-def unread_columns(row: Row, format: str, mapped: ColumnMap) -> Unread | None:
-    """Columns of a mapped row that may hold the prompt, a system text or the order of a ranking; None if there are none."""
+def unread_columns(row: Row, format: str, mapped: ColumnMap, no_orders: Collection[str] = ()) -> Unread | None:
+    """Columns of a mapped row that may hold the prompt, a system text or the order of a ranking; None if there are none.
+
+    The columns `no_orders` do not order a ranking.
+    """
     if names := unread(row, format, mapped):
         return Unread(names, refusal(names, row, format, mapped))
-    if format == "ranked" and (names := _orders(row, mapped)):
+    if format == "ranked" and (names := [name for name in _orders(row, mapped) if name not in no_orders]):
         return Unread(names, _order_refusal(names, row, mapped))
     return None
+
+
+def lists_of_other_lengths(rows: Sequence[Row]) -> set[str]:
+    """Columns whose lists have another length than the completions in at least half of `rows`: they do not order these."""
+    alike: dict[str, list[bool]] = {}
+    for row in rows:
+        several = row.get("completions")
+        for name, value in row.items() if isinstance(several, list) else ():
+            if isinstance(value, list) and value:
+                alike.setdefault(name, []).append(len(value) == len(several))
+    return {name for name, found in alike.items() if 2 * sum(found) <= len(found)}
 
 
 def suspects(names: Sequence[str], types: Mapping[str, ColumnType], format: str) -> list[str]:
@@ -148,7 +163,7 @@ def _orders(row: Row, mapped: ColumnMap) -> list[str]:
         return []
     if any(row.get(name) is not None or name in mapped.columns for name in known):
         return []
-    others = (name for name in row if name not in FORMATS["ranked"].reads)
+    others = (name for name in row if name not in FORMATS["ranked"].reads and not _COUNTS & {*words_of(name)})
     return [name for name in others if _is_one_each(row[name], len(several))]
 
 
