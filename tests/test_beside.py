@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_columns import ASKED, BAD, CHAT, GOOD, SYSTEM, Q, option_in, written
 from test_sources import load, turn
@@ -49,6 +51,14 @@ def test_lists_that_are_as_long_as_the_completions_by_chance_rank_nothing(tmp_pa
     path = written(tmp_path / "train.jsonl", row, FRUIT | {"rewards": [1, 2, 3]}, FRUIT | {"rewards": None})
     with pytest.raises(DataError, match=r"train.jsonl:2: unread_column: .* rank the completions: 'rewards'"):
         load(path, rows="rankings")
+
+
+def test_a_list_of_a_fixed_size_ranks_too(tmp_path):
+    table = pa.Table.from_pylist([FRUIT])
+    table = table.append_column("rewards", pa.array([[0.1, 0.9, 0.5]], pa.list_(pa.float32(), 3)))
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="rank the completions: 'rewards'"):
+        load(tmp_path / "train.parquet", rows="rankings")
 
 
 def as_text(row, names):
