@@ -296,6 +296,14 @@ def test_messages_that_are_not_in_the_prompt_are_named(tmp_path, tokenizer):
     assert "'thread' may belong to the prompt, but is left out; to read it, give messages (1 of 2 rows)" in notes
 
 
+def test_what_stands_beside_whole_conversations_needs_messages(tmp_path, tokenizer):
+    answers = {"prompt": Q, "chosen": [GOOD], "rejected": [BAD]}
+    for row, told in ((TWICE | {"prompt": Q}, "to read it, give messages"), (answers, "--data.columns prompt=context+prompt")):
+        path = written(tmp_path / "train.jsonl", row | {"context": "Fruit grows."})
+        [note] = [note for note in load(path, tokenizer=tokenizer).report.notes if "may belong" in note]
+        assert f"'context' may belong to the prompt, but is left out; {told}" in note
+
+
 @SUFFIXES
 def test_scores_that_contradict_the_preference_are_counted(suffix, tmp_path):
     scores = [(2, 1), (1, 1), (0.5, 1.5), (3, 3), (None, 1), (float("inf"), 2)][: None if suffix == "parquet" else 5]

@@ -22,6 +22,7 @@ from dpo_jax.data.unread import (
     REJECTED,
     is_about,
     is_filled,
+    is_implicit,
     is_messages,
     is_system,
     option_of,
@@ -121,7 +122,8 @@ def _belongs(name: str, format: str) -> bool:
 
 def _prompt_note(name: str, row: Row, mapped: ColumnMap) -> str:
     told = f"{name[:60]!r} may belong to the prompt, but is left out"
-    if not isinstance(row[name], str) or not isinstance(row["prompt"], str) or set(",+") & set(name):
+    whole = not is_implicit(row)  # then a text prompt is not used
+    if whole or not isinstance(row[name], str) or not isinstance(row["prompt"], str) or set(",+") & set(name):
         return f"{told}; to read it, give messages"
     prompt = mapped.columns.get("prompt", ("prompt",))
     joined = (name, *prompt) if CONTEXT & {*words_of(name)} else (*prompt, name)
