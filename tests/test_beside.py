@@ -194,6 +194,24 @@ def test_rows_of_odd_shapes_are_answered_with_a_remedy(row, words, option, tmp_p
         assert len(load(path, columns=columns, tokenizer=tokenizer)) == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "mapped", "option"),
+    [
+        ({"prompt": Q, "good": ["A."], "bad": ["B."]}, "chosen=good,rejected=bad", "chosen=good.0,rejected=bad"),
+        ({"prompt": " ", "good": f"{Q} A.", "bad": f"{Q} B."}, "chosen=good,rejected=bad", "chosen=good,rejected=bad,prompt="),
+        ({"prompt": [], "good": TWICE["chosen"], "rejected": TWICE["rejected"]}, "chosen=good", "chosen=good,prompt="),
+        ({"messages": ["A.", "B."]}, None, None),
+        ({"prompt": [ASKED], "completions": [["A."], ["B."]]}, None, None),
+        (SYSTEM_ROWS["helpsteer3"] | {"context": [Q]}, None, None),
+    ],
+)
+def test_a_remedy_keeps_the_mapped_columns(row, mapped, option, tmp_path, tokenizer):
+    with pytest.raises(DataError) as refusal:
+        load(written(tmp_path / "train.jsonl", row), columns=mapped, rows="any", tokenizer=tokenizer)
+    assert option_in(str(refusal.value)) == option if option else "got a list of texts\n" in f"{refusal.value}\n"
+    assert ("--data.columns" in str(refusal.value)) == bool(option)
+
+
 @SUFFIXES
 def test_the_columns_of_rewardbench_may_hold_messages(suffix, tmp_path, tokenizer):
     about = {"chosen_model": "a", "rejected_model": "b", "subset": "c"}

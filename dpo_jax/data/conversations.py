@@ -11,7 +11,7 @@ from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
 from dpo_jax.data.roles import KNOWN, OBSERVATION, role_of, unknown_role, with_roles
 
-IMPLICIT = "if chosen and rejected begin with it: --data.columns prompt="
+IMPLICIT = ("if chosen and rejected begin with it", {"prompt": ""})
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
@@ -29,7 +29,7 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
             prompt = text(row, "prompt")
     if all(isinstance(side, list) for side in sides):
         if prompt == []:
-            raise BadRow(Cause.EMPTY, f"no messages; {IMPLICIT}", field="prompt")
+            raise BadRow(Cause.EMPTY, "no messages", field="prompt", remedy=IMPLICIT)
         if isinstance(prompt, list):
             _check_once(prompt, dict(zip(("chosen", "rejected"), sides, strict=True)))
         elif isinstance(prompt, str) and prompt.strip() and all(_first_role(side) == "assistant" for side in sides):
@@ -119,8 +119,8 @@ def _first_role(side: list[Any]) -> Any:
 def _check_once(prompt: list[Any], sides: Mapping[str, list[Any]]) -> None:
     for name, side in sides.items():
         if prompt and side[: len(prompt)] == prompt:
-            detail = "it begins with the whole prompt; read the prompt from these messages: --data.columns prompt="
-            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
+            remedy = ("read the prompt from these messages", {"prompt": ""})
+            raise BadRow(Cause.DIFFERENT_PROMPTS, "it begins with the whole prompt", field=name, remedy=remedy)
         if _first_role(side) != "assistant" and any(side[:count] == prompt[-count:] for count in range(1, len(prompt))):
             detail = "it begins with the last turns of the prompt; leave them out of it, or write the whole conversation in it"
             raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)

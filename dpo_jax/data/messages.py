@@ -18,6 +18,7 @@ from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.untrusted import parse_json
 
 Message = dict[str, Any]
+_COLUMNS = ("prompt", "chosen", "rejected", "completion")  # which may also be texts
 MAX_MESSAGES = 10_000
 _SAID = ("name", "reasoning_content", "reasoning", "thinking")
 
@@ -79,8 +80,8 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
     if len(value) > MAX_MESSAGES:
         raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
     if all(isinstance(message, str) for message in value):
-        detail = f"expected a list of messages, got a list of texts; --data.columns {field}={field}.0 reads the first one"
-        raise BadRow(Cause.WRONG_TYPE, detail, field=field)
+        remedy = ("to read the first one", {field: f"{field}.0"}) if field in _COLUMNS else None
+        raise BadRow(Cause.WRONG_TYPE, "expected a list of messages, got a list of texts", field=field, remedy=remedy)
     turns = with_roles(value, source_of(tokenizer))
     return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(turns)]
 
