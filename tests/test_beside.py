@@ -271,13 +271,22 @@ def test_a_repeated_prompt_is_removed_in_every_kind_of_row(rows, columns, tmp_pa
 def test_a_row_that_does_not_repeat_its_prompt_where_most_do_is_named(tmp_path):
     row = REPEATED["unpaired"] | {"prompt": Q}
     odd, bad = row | {"completion": "An apple."}, row | {"completion": 3}
-    path = written(tmp_path / "train.jsonl", row, row, odd, bad)
-    with pytest.raises(
-        DataError, match=r"train.jsonl:3: completion: different_prompts: most rows repeat .*\n.*:4: .*expected a string"
-    ):
+    path = written(tmp_path / "train.jsonl", *[row] * 9, odd, bad)
+    words = r"train.jsonl:10: completion: different_prompts: 9 of the first 10 rows repeat .*\n.*:11: .*expected a string"
+    with pytest.raises(DataError, match=words):
         load(path, rows="unpaired")
     read = load(path, rows="unpaired", on_bad="drop")
-    assert (len(read), read.report.dropped) == (2, {"different_prompts": 1, "wrong_type": 1})
+    assert (len(read), read.report.dropped) == (9, {"different_prompts": 1, "wrong_type": 1})
+
+
+@pytest.mark.parametrize("counts", [(8, 2), (2, 1)])
+def test_prompts_stay_where_fewer_rows_repeat_them(counts, tmp_path):
+    row = REPEATED["unpaired"] | {"prompt": Q}
+    rows = [row] * counts[0] + [row | {"completion": "An apple."}] * counts[1]
+    read = load(written(tmp_path / "train.jsonl", *rows), rows="unpaired")
+    assert [one.chosen for one in read] == [row["completion"] for row in rows]
+    told = f"{counts[0]} of {sum(counts)} rows repeat their prompt in the completions; they are left unchanged"
+    assert told in read.report.notes
 
 
 PAIR = {"prompt": Q, "chosen": "An apple.", "rejected": "A brick."}
