@@ -1,6 +1,7 @@
 """What stands beside the columns that are read: read, refused with the option that settles it, or counted in a note."""
 
 import json
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -370,10 +371,13 @@ def test_completions_in_a_list_are_answered_with_the_option_that_reads_them(name
 
 
 def test_prompts_alone_where_pairs_are_needed_name_the_other_columns(tmp_path):
-    path = written(tmp_path / "train.jsonl", {"prompt": Q, "response": "A.", "helpfulness": 3})
-    with pytest.raises(DataError, match="write these from them: 'response', 'helpfulness'$"):
+    about = {"prompt_id": "a", "score": 3}
+    path = written(tmp_path / "train.jsonl", {"prompt": Q, "response": "A.", "draft": "B."} | about)
+    hint = "if other columns hold the completions ('response', 'draft'), write chosen and rejected from them"
+    with pytest.raises(DataError, match=f"{re.escape(hint)}$"):
         load(path)
-    assert peek(path, "train").hint == "if they are in the other columns, write these from them: 'response', 'helpfulness'"
+    assert peek(path, "train").hint == hint
+    assert peek(written(tmp_path / "train.jsonl", {"prompt": Q} | about), "train").hint is None
     assert len(load(path, rows="prompts")) == 1
 
 

@@ -40,7 +40,7 @@ from dpo_jax.data.repeated_prompts import RepeatedPrompts
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
-from dpo_jax.data.unread import remedy_for_lists, suggestion
+from dpo_jax.data.unread import is_metadata, remedy_for_lists, suggestion
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
@@ -283,10 +283,11 @@ class _Reading:
             self.report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
 
     def _hint(self, row: Row) -> str | None:
-        others = [name for name in row if name not in FORMATS["prompts"].reads]
         if remedy := remedy_for_lists(row, self.mapped):
             return remedy
-        return f"if they are in the other columns, write these from them: {shown_names(others)}" if others else None
+        others = [name for name in row if name not in FORMATS["prompts"].reads and not is_metadata(name)]
+        told = f"if other columns hold the completions ({shown_names(others)}), write chosen and rejected from them"
+        return told if others else None
 
     def _readable(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
         for name, path in files:

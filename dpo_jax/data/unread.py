@@ -189,6 +189,11 @@ def is_about(name: str) -> bool:
     return bool(set(words) & (_ABOUT | OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a column is named like a fact about the row: `prompt_id`, `score`; `response` is not."""
+    return bool(set(words_of(name)) & _ABOUT)
+
+
 @functools.lru_cache(maxsize=2**14)
 def is_system(name: str) -> bool:
     words = set(words_of(name))
