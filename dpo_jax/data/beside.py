@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -98,9 +98,12 @@ def _parts_of_prompt(row: Row, format: str) -> list[str]:
     found = [name for name in named if is_filled(row[name])] + [name for name in others if is_messages(row[name])]
     if not found or not is_filled(row.get("prompt")):
         return []
-    said = "\n".join(_texts([row[name] for name in FORMATS[format].reads if name in row]))
     prompt = "\n".join(_texts(row["prompt"])).strip()
-    return [name for name in found if not all(text.strip() in said or prompt in text for text in _texts(row[name]))]
+    more = {name: [text.strip() for text in _texts(row[name]) if prompt not in text] for name in found}
+    if not any(more.values()):  # mostly so, and the texts below may be long
+        return []
+    said = "\n".join(text for name in FORMATS[format].reads if name in row for text in _texts(row[name]))
+    return [name for name, texts in more.items() if not all(text in said for text in texts)]
 
 
 @functools.lru_cache(maxsize=2**10)  # called for every row
@@ -130,18 +133,16 @@ def _prompt_note(name: str, row: Row, mapped: ColumnMap) -> str:
     return f"{told}; {option_of(ColumnMap({**mapped.columns, 'prompt': joined}), {})} reads it"
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
     """Every text inside a value, without the names of fields and of roles."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
+        return [value]
+    if isinstance(value, dict):
         if "role" in value or "from" in value:
-            yield text_of(value)
-        else:
-            yield from _texts([*value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+            content = value.get("content")
+            return [content if isinstance(content, str) else text_of(value)]
+        value = [*value.values()]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
 
 
 @functools.lru_cache(maxsize=2**10)  # called for every row

@@ -39,7 +39,9 @@ def with_messages(row: Row) -> Row:
 
 
 def _as_messages(value: Any, field: str) -> Any:
-    if not isinstance(value, str) or isinstance(value, CsvText) or value.lstrip()[:1] != "[":
+    if not isinstance(value, str) or not (value[:1] == "[" or value[:1].isspace()):  # of every row: no copies of long texts
+        return value
+    if isinstance(value, CsvText) or value.lstrip()[:1] != "[":
         return value
     if _PYTHON.match(value) and not (_SAID.search(value) and re.search(r"\}\s*\]\s*$", value[-99:])):
         return value  # an answer that only begins like messages

@@ -202,7 +202,7 @@ def is_system(name: str) -> bool:
 
 def is_filled(value: Any) -> bool:
     """Whether a cell holds a text, or anything in a list or an object."""
-    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | Mapping) and bool(value)
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, (list, Mapping)) and bool(value)
 
 
 def _may_be_prompt(name: str, value: Any) -> bool:
