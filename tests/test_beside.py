@@ -1,7 +1,10 @@
 """What stands beside the columns that are read: read, refused with the option that settles it, or counted in a note."""
 
 import json
+import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_columns import ASKED, BAD, CHAT, GOOD, SYSTEM, Q, option_in, written
 from test_sources import load, turn
@@ -42,6 +45,23 @@ def test_what_ranks_no_completions_is_only_listed(tmp_path):
     assert read.report.notes[-1] == "columns that are not read: 'labels', 'turns', 'models', 'label'"
 
 
+def test_lists_that_are_as_long_as_the_completions_by_chance_rank_nothing(tmp_path):
+    row = FRUIT | {"tag_ids": [7, 8, 9], "num_tokens": [2, 3, 3], "years": [1990]}
+    path = written(tmp_path / "train.jsonl", row, row, row | {"years": [1990, 1991, 1992]})
+    assert [ranking.chosen for ranking in load(path, rows="rankings")] == [" a brick"] * 3
+    path = written(tmp_path / "train.jsonl", row, FRUIT | {"rewards": [1, 2, 3]}, FRUIT | {"rewards": None})
+    with pytest.raises(DataError, match=r"train.jsonl:2: unread_column: .* rank the completions: 'rewards'"):
+        load(path, rows="rankings")
+
+
+def test_a_list_of_a_fixed_size_ranks_too(tmp_path):
+    table = pa.Table.from_pylist([FRUIT])
+    table = table.append_column("rewards", pa.array([[0.1, 0.9, 0.5]], pa.list_(pa.float32(), 3)))
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match="rank the completions: 'rewards'"):
+        load(tmp_path / "train.parquet", rows="rankings")
+
+
 def as_text(row, names):
     return {name: json.dumps(value) if name in names else value for name, value in row.items()}
 
@@ -74,6 +94,20 @@ def test_other_json_texts_stay_texts(tmp_path):
     read = load(written(tmp_path / "train.jsonl", row))
     assert (read[0].prompt, read[0].chosen, read[0].rejected) == tuple(row.values())
     assert len(read.report.notes) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps([{"role": "Batman", "actor": "Bale"}]),
+        json.dumps([ASKED, GOOD]) + " is the list.",
+        str([{"role": "user", "rights": "read"}]),
+        str([ASKED, GOOD]) + " is the list.",
+    ],
+)
+def test_an_answer_that_begins_like_messages_stays_a_text(answer, tmp_path):
+    row = {"prompt": "List the roles as JSON", "chosen": answer, "rejected": "None."}
+    assert load(written(tmp_path / "train.jsonl", row))[0].chosen == answer
 
 
 @pytest.mark.parametrize(
@@ -161,6 +195,24 @@ def test_rows_of_odd_shapes_are_answered_with_a_remedy(row, words, option, tmp_p
         assert len(load(path, columns=columns, tokenizer=tokenizer)) == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "mapped", "option"),
+    [
+        ({"prompt": Q, "good": ["A."], "bad": ["B."]}, "chosen=good,rejected=bad", "chosen=good.0,rejected=bad"),
+        ({"prompt": " ", "good": f"{Q} A.", "bad": f"{Q} B."}, "chosen=good,rejected=bad", "chosen=good,rejected=bad,prompt="),
+        ({"prompt": [], "good": TWICE["chosen"], "rejected": TWICE["rejected"]}, "chosen=good", "chosen=good,prompt="),
+        ({"messages": ["A.", "B."]}, None, None),
+        ({"prompt": [ASKED], "completions": [["A."], ["B."]]}, None, None),
+        (SYSTEM_ROWS["helpsteer3"] | {"context": [Q]}, None, None),
+    ],
+)
+def test_a_remedy_keeps_the_mapped_columns(row, mapped, option, tmp_path, tokenizer):
+    with pytest.raises(DataError) as refusal:
+        load(written(tmp_path / "train.jsonl", row), columns=mapped, rows="any", tokenizer=tokenizer)
+    assert option_in(str(refusal.value)) == option if option else "got a list of texts\n" in f"{refusal.value}\n"
+    assert ("--data.columns" in str(refusal.value)) == bool(option)
+
+
 @SUFFIXES
 def test_the_columns_of_rewardbench_may_hold_messages(suffix, tmp_path, tokenizer):
     about = {"chosen_model": "a", "rejected_model": "b", "subset": "c"}
@@ -220,13 +272,22 @@ def test_a_repeated_prompt_is_removed_in_every_kind_of_row(rows, columns, tmp_pa
 def test_a_row_that_does_not_repeat_its_prompt_where_most_do_is_named(tmp_path):
     row = REPEATED["unpaired"] | {"prompt": Q}
     odd, bad = row | {"completion": "An apple."}, row | {"completion": 3}
-    path = written(tmp_path / "train.jsonl", row, row, odd, bad)
-    with pytest.raises(
-        DataError, match=r"train.jsonl:3: completion: different_prompts: most rows repeat .*\n.*:4: .*expected a string"
-    ):
+    path = written(tmp_path / "train.jsonl", *[row] * 9, odd, bad)
+    words = r"train.jsonl:10: completion: different_prompts: 9 of the first 10 rows repeat .*\n.*:11: .*expected a string"
+    with pytest.raises(DataError, match=words):
         load(path, rows="unpaired")
     read = load(path, rows="unpaired", on_bad="drop")
-    assert (len(read), read.report.dropped) == (2, {"different_prompts": 1, "wrong_type": 1})
+    assert (len(read), read.report.dropped) == (9, {"different_prompts": 1, "wrong_type": 1})
+
+
+@pytest.mark.parametrize("counts", [(8, 2), (2, 1)])
+def test_prompts_stay_where_fewer_rows_repeat_them(counts, tmp_path):
+    row = REPEATED["unpaired"] | {"prompt": Q}
+    rows = [row] * counts[0] + [row | {"completion": "An apple."}] * counts[1]
+    read = load(written(tmp_path / "train.jsonl", *rows), rows="unpaired")
+    assert [one.chosen for one in read] == [row["completion"] for row in rows]
+    told = f"{counts[0]} of {sum(counts)} rows repeat their prompt in the completions; they are left unchanged"
+    assert told in read.report.notes
 
 
 PAIR = {"prompt": Q, "chosen": "An apple.", "rejected": "A brick."}
@@ -261,6 +322,14 @@ def test_messages_that_are_not_in_the_prompt_are_named(tmp_path, tokenizer):
     rows = [PAIR | {"thread": thread} for thread in ([*before, ASKED], [ASKED, turn("assistant", "An apple.")])]
     notes = load(written(tmp_path / "train.jsonl", *rows), tokenizer=tokenizer).report.notes
     assert "'thread' may belong to the prompt, but is left out; to read it, give messages (1 of 2 rows)" in notes
+
+
+def test_what_stands_beside_whole_conversations_needs_messages(tmp_path, tokenizer):
+    answers = {"prompt": Q, "chosen": [GOOD], "rejected": [BAD]}
+    for row, told in ((TWICE | {"prompt": Q}, "to read it, give messages"), (answers, "--data.columns prompt=context+prompt")):
+        path = written(tmp_path / "train.jsonl", row | {"context": "Fruit grows."})
+        [note] = [note for note in load(path, tokenizer=tokenizer).report.notes if "may belong" in note]
+        assert f"'context' may belong to the prompt, but is left out; {told}" in note
 
 
 @SUFFIXES
@@ -302,10 +371,13 @@ def test_completions_in_a_list_are_answered_with_the_option_that_reads_them(name
 
 
 def test_prompts_alone_where_pairs_are_needed_name_the_other_columns(tmp_path):
-    path = written(tmp_path / "train.jsonl", {"prompt": Q, "response": "A.", "helpfulness": 3})
-    with pytest.raises(DataError, match="write these from them: 'response', 'helpfulness'$"):
+    about = {"prompt_id": "a", "score": 3}
+    path = written(tmp_path / "train.jsonl", {"prompt": Q, "response": "A.", "draft": "B."} | about)
+    hint = "if other columns hold the completions ('response', 'draft'), write chosen and rejected from them"
+    with pytest.raises(DataError, match=f"{re.escape(hint)}$"):
         load(path)
-    assert peek(path, "train").hint == "if they are in the other columns, write these from them: 'response', 'helpfulness'"
+    assert peek(path, "train").hint == hint
+    assert peek(written(tmp_path / "train.jsonl", {"prompt": Q} | about), "train").hint is None
     assert len(load(path, rows="prompts")) == 1
 
 

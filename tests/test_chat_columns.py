@@ -136,6 +136,15 @@ def test_an_unknown_role_is_refused_unless_the_template_names_it(chatml, tmp_pat
     assert "TOLD N" in load(tmp_path, [row], chat_tokenizer(names))[0].prompt
 
 
+@pytest.mark.parametrize(("key", "says"), [("role", "content"), ("from", "value")], ids=" ".join)
+def test_the_role_of_observations_is_that_of_the_template(key, says, tmp_path):
+    turns = [{key: role, says: role} for role in ("user", "assistant", "Observation")]
+    row = {"prompt": turns, **{side: [{key: "assistant", says: side}] for side in ("chosen", "rejected")}}
+    writes = "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+    for names, role in (("", "tool"), ("{% set named = 'observation' %}", "observation")):
+        assert f"[{role}] Observation" in load(tmp_path, [row], chat_tokenizer(names + writes))[0].prompt
+
+
 def test_a_conversation_beyond_the_limits_of_a_template_is_named(tmp_path, monkeypatch):
     slow = chat_tokenizer(
         "{% for m in messages %}{{ m.content }}"

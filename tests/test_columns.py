@@ -329,8 +329,8 @@ def test_a_prompt_that_its_completions_repeat_is_read_once(tmp_path, tokenizer):
     some = load(write(tmp_path / "train.jsonl", whole[0], *rows[1:]))
     assert some[0].chosen == whole[0]["chosen"]
     assert "1 of 3 rows repeat their prompt in the completions; they are left unchanged" in some.report.notes
-    with pytest.raises(DataError, match="train.jsonl:3: chosen, rejected: different_prompts: most rows repeat their prompt"):
-        load(write(tmp_path / "train.jsonl", *whole[:2], rows[2]))
+    with pytest.raises(DataError, match="train.jsonl:31: chosen, rejected: different_prompts: 30 of the first 31 rows repeat"):
+        load(write(tmp_path / "train.jsonl", *whole * 10, rows[2]))
     only = write(tmp_path / "train.jsonl", whole[0], {**whole[1], "chosen": whole[1]["prompt"]})
     assert load(only, on_bad="drop").report.dropped == {"empty": 1}
     chat = write(tmp_path / "train.jsonl", {"prompt": [ASKED], "chosen": [ASKED, GOOD], "rejected": [ASKED, BAD]})

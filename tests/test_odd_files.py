@@ -67,6 +67,14 @@ def test_one_row_of_lists_in_a_json_file_is_a_row(tmp_path):
     assert (where, [*row]) == ("train.json:1", ["messages"])
 
 
+@pytest.mark.parametrize("name", ["train.json", "train.json.gz"])
+def test_objects_of_lists_in_several_lines_are_rows(name, tmp_path):
+    content = lines({"completions": ["a", "b"]}) + b"\n" + lines({"completions": ["c", "d"]})
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    found = read_rows(name, tmp_path / name, report=DataReport())
+    assert [where for where, _ in found] == [f"{name}:1", f"{name}:3"]
+
+
 @pytest.mark.parametrize("name", ["train.json", "train.json.gz", "train.jsonl"])
 def test_a_json_array_is_read_as_its_elements(name, tmp_path):
     """As `datasets` reads it. What is wrong with an element is said as of a line."""

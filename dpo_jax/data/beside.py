@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from dpo_jax.data.unread import (
     REJECTED,
     is_about,
     is_filled,
+    is_implicit,
     is_messages,
     is_system,
     option_of,
@@ -34,6 +35,7 @@ from dpo_jax.data.unread import (
 _PARTS = {*PROMPT, "functions", "prefix", "steps", "documents"}
 _COPIES = {"messages", "conversation", "conversations"}  # mostly of the whole: not decoded from parquet
 _SCORES = {"score", "scores", "rating", "ratings", "reward", "rewards"}
+_COUNTS = {"id", "ids", "idx", "num", "count", "counts", "length", "lengths", "len", "tokens", "index", "seed", "seeds"}
 
 
 class Unread(NamedTuple):
@@ -43,13 +45,27 @@ class Unread(NamedTuple):
     detail: str
 
 
-def unread_columns(row: Row, format: str, mapped: ColumnMap) -> Unread | None:
-    """Columns of a mapped row that may hold the prompt, a system text or the order of a ranking; None if there are none."""
+def unread_columns(row: Row, format: str, mapped: ColumnMap, no_orders: Collection[str] = ()) -> Unread | None:
+    """Columns of a mapped row that may hold the prompt, a system text or the order of a ranking; None if there are none.
+
+    The columns `no_orders` do not order a ranking.
+    """
     if names := unread(row, format, mapped):
         return Unread(names, refusal(names, row, format, mapped))
-    if format == "ranked" and (names := _orders(row, mapped)):
+    if format == "ranked" and (names := [name for name in _orders(row, mapped) if name not in no_orders]):
         return Unread(names, _order_refusal(names, row, mapped))
     return None
+
+
+def lists_of_other_lengths(rows: Sequence[Row]) -> set[str]:
+    """Columns whose lists have another length than the completions in at least half of `rows`: they do not order these."""
+    alike: dict[str, list[bool]] = {}
+    for row in rows:
+        several = row.get("completions")
+        for name, value in row.items() if isinstance(several, list) else ():
+            if isinstance(value, list) and value:
+                alike.setdefault(name, []).append(len(value) == len(several))
+    return {name for name, found in alike.items() if 2 * sum(found) <= len(found)}
 
 
 def suspects(names: Sequence[str], types: Mapping[str, ColumnType], format: str) -> list[str]:
@@ -82,9 +98,12 @@ def _parts_of_prompt(row: Row, format: str) -> list[str]:
     found = [name for name in named if is_filled(row[name])] + [name for name in others if is_messages(row[name])]
     if not found or not is_filled(row.get("prompt")):
         return []
-    said = "\n".join(_texts([row[name] for name in FORMATS[format].reads if name in row]))
     prompt = "\n".join(_texts(row["prompt"])).strip()
-    return [name for name in found if not all(text.strip() in said or prompt in text for text in _texts(row[name]))]
+    more = {name: [text.strip() for text in _texts(row[name]) if prompt not in text] for name in found}
+    if not any(more.values()):  # mostly so, and the texts below may be long
+        return []
+    said = "\n".join(text for name in FORMATS[format].reads if name in row for text in _texts(row[name]))
+    return [name for name, texts in more.items() if not all(text in said for text in texts)]
 
 
 @functools.lru_cache(maxsize=2**10)  # called for every row
@@ -106,25 +125,24 @@ def _belongs(name: str, format: str) -> bool:
 
 def _prompt_note(name: str, row: Row, mapped: ColumnMap) -> str:
     told = f"{name[:60]!r} may belong to the prompt, but is left out"
-    if not isinstance(row[name], str) or not isinstance(row["prompt"], str) or set(",+") & set(name):
+    whole = not is_implicit(row)  # then a text prompt is not used
+    if whole or not isinstance(row[name], str) or not isinstance(row["prompt"], str) or set(",+") & set(name):
         return f"{told}; to read it, give messages"
     prompt = mapped.columns.get("prompt", ("prompt",))
     joined = (name, *prompt) if CONTEXT & {*words_of(name)} else (*prompt, name)
     return f"{told}; {option_of(ColumnMap({**mapped.columns, 'prompt': joined}), {})} reads it"
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any) -> list[str]:
     """Every text inside a value, without the names of fields and of roles."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
+        return [value]
+    if isinstance(value, dict):
         if "role" in value or "from" in value:
-            yield text_of(value)
-        else:
-            yield from _texts([*value.values()])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _texts(item)
+            content = value.get("content")
+            return [content if isinstance(content, str) else text_of(value)]
+        value = [*value.values()]
+    return [text for item in value for text in _texts(item)] if isinstance(value, list) else []
 
 
 @functools.lru_cache(maxsize=2**10)  # called for every row
@@ -148,7 +166,7 @@ def _orders(row: Row, mapped: ColumnMap) -> list[str]:
         return []
     if any(row.get(name) is not None or name in mapped.columns for name in known):
         return []
-    others = (name for name in row if name not in FORMATS["ranked"].reads)
+    others = (name for name in row if name not in FORMATS["ranked"].reads and not _COUNTS & {*words_of(name)})
     return [name for name in others if _is_one_each(row[name], len(several))]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,12 +85,24 @@ class ColumnMap:
         return kept | {key: _joined(row, names, key) for key, names in self.columns.items() if names}
 
     def named(self, problem: BadRow) -> BadRow:
-        """The problem of a mapped row, naming the column as the file does."""
+        """The problem of a mapped row, naming the column as the file does, with its remedy as an option."""
         head = problem.field.partition(".")[0]
         names = self.columns.get(head, (head,))
-        if names in ((), (head,)):
+        remedy = self._remedy(*problem.remedy) if problem.remedy else ""
+        if names in ((), (head,)) and not remedy:
             return problem
-        return BadRow(problem.cause, f"{problem.detail} (read from {shown_names(names)})", field=problem.field)
+        source = "" if names in ((), (head,)) else f" (read from {shown_names(names)})"
+        return BadRow(problem.cause, f"{problem.detail}{source}{remedy}", field=problem.field)
+
+    def _remedy(self, what: str, more: Mapping[str, str]) -> str:
+        """A remedy with the option that keeps what is mapped; "" if no option names the columns."""
+        columns = dict(self.columns)
+        for key, name in more.items():
+            source, inside = self.columns.get(key, (key,)), name.removeprefix(key)  # ".0" of chosen=good
+            if name and (len(source) != 1 or set(",+") & set(source[0])):
+                return ""
+            columns[key] = (f"{source[0]}{inside}",) if name else ()
+        return f"; {what}: --data.columns {shlex.quote(str(ColumnMap(columns)))}"
 
 
 def _joined(row: Row, names: Collection[str], key: str) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from dpo_jax.data.columns import Row, column, text
 from dpo_jax.data.pairs import BadRow, Cause
-from dpo_jax.data.roles import KNOWN, role_of, unknown_role, with_roles
+from dpo_jax.data.roles import KNOWN, OBSERVATION, role_of, unknown_role, with_roles
 
-IMPLICIT = "if chosen and rejected begin with it: --data.columns prompt="
+IMPLICIT = ("if chosen and rejected begin with it", {"prompt": ""})
 
 
 def conversation(row: Row) -> tuple[Any, Any, Any]:
@@ -29,7 +29,7 @@ def conversation(row: Row) -> tuple[Any, Any, Any]:
             prompt = text(row, "prompt")
     if all(isinstance(side, list) for side in sides):
         if prompt == []:
-            raise BadRow(Cause.EMPTY, f"no messages; {IMPLICIT}", field="prompt")
+            raise BadRow(Cause.EMPTY, "no messages", field="prompt", remedy=IMPLICIT)
         if isinstance(prompt, list):
             _check_once(prompt, dict(zip(("chosen", "rejected"), sides, strict=True)))
         elif isinstance(prompt, str) and prompt.strip() and all(_first_role(side) == "assistant" for side in sides):
@@ -103,7 +103,7 @@ def _role(name: Any) -> str | None:
     """The template's name of a ShareGPT role. Raises `BadRow` for an unknown one, which a template would write as it is."""
     if not isinstance(name, str):
         return None
-    if (role := role_of(name)) not in KNOWN:
+    if (role := role_of(name)) not in (*KNOWN, OBSERVATION):
         raise unknown_role(name, field="from")
     return role
 
@@ -119,8 +119,8 @@ def _first_role(side: list[Any]) -> Any:
 def _check_once(prompt: list[Any], sides: Mapping[str, list[Any]]) -> None:
     for name, side in sides.items():
         if prompt and side[: len(prompt)] == prompt:
-            detail = "it begins with the whole prompt; read the prompt from these messages: --data.columns prompt="
-            raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)
+            remedy = ("read the prompt from these messages", {"prompt": ""})
+            raise BadRow(Cause.DIFFERENT_PROMPTS, "it begins with the whole prompt", field=name, remedy=remedy)
         if _first_role(side) != "assistant" and any(side[:count] == prompt[-count:] for count in range(1, len(prompt))):
             detail = "it begins with the last turns of the prompt; leave them out of it, or write the whole conversation in it"
             raise BadRow(Cause.DIFFERENT_PROMPTS, detail, field=name)

@@ -11,6 +11,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import re
@@ -143,13 +144,20 @@ def _json_rows(name: str, path: Path, *, report: DataReport) -> Iterator[tuple[s
             yield f"{name}:{number}", BadRow(Cause.LINE_TOO_LONG, str(line))
         elif line.strip():
             row = _parse(line)
-            if number == 1 and name.endswith(_JSON) and isinstance(row, dict) and _is_table(row):
+            alone = number == 1 and name.endswith(_JSON) and isinstance(row, dict) and _is_table(row)
+            if alone and not _has_more_lines(name, path):
                 refuse(Cause.BAD_LAYOUT, name, f"one object holds all rows; {_ROWS} (pandas: to_json(PATH, orient='records'))")
             yield f"{name}:{number}", row
         else:
             blank += 1
     if blank:
         report.notes.append(f"{name}: {blank} blank lines skipped")
+
+
+def _has_more_lines(name: str, path: Path) -> bool:
+    """Whether a file has at least two lines that are not blank."""
+    filled = (line for line in _lines(name, path) if isinstance(line, LongLine) or line.strip())
+    return len(list(itertools.islice(filled, 2))) > 1
 
 
 def _is_table(row: Row) -> bool:

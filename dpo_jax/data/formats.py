@@ -79,7 +79,7 @@ def trl(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         unread = unread_options(row)
         if "prompt" in row:
             if not text(row, "prompt").strip():
-                raise BadRow(Cause.NO_PROMPT, f"the prompt is blank; {IMPLICIT}", field="prompt")
+                raise BadRow(Cause.NO_PROMPT, "the prompt is blank", field="prompt", remedy=IMPLICIT)
             found = Preference(text(row, "prompt"), chosen, rejected, uid, notes=unread, unended=unended_sides(row))
             return checked(found)
         cut = common_prompt(chosen, rejected)
@@ -218,7 +218,8 @@ def helpsteer3(rows: Rows, *, tokenizer: Any = None) -> Candidates:
         if preferred == 0:
             raise BadRow(Cause.TIE, "neither response is preferred", field="overall_preference")
         chosen, rejected = answers if preferred < 0 else answers[::-1]
-        return chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
+        with _fields_named({"prompt": "context"}):
+            return chat_preference(context, chosen, rejected, uid=uid, tokenizer=tokenizer)
 
     return one_each(rows, preference, subset="domain")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ _TURNS = ("prompt", "chosen", "rejected", "completion", "completions", "messages
 _LONGEST = 32767  # characters of a cell in Excel
 _ROLES = r"(?:system|user|assistant|tool|human|gpt)"
 _PYTHON = re.compile(rf"\s*+(?:\[\s*+\{{\s*+'(?:role|content)'\s*+:|\[?+\s*+\{{\s*+'(?:role|from)'\s*+:\s*+'{_ROLES}')")
+_SAID = re.compile(r"'(?:content|value|tool_calls)'\s*+:")
 _JSON = re.compile(r'\s*+\[?+\s*+\{\s*+"')
 _MESSAGES = re.compile(rf'\s*+\[\s*+\{{\s*+"(?:role|from)"\s*+:\s*+"{_ROLES}"')
 
@@ -37,8 +39,12 @@ def with_messages(row: Row) -> Row:
 
 
 def _as_messages(value: Any, field: str) -> Any:
-    if not isinstance(value, str) or isinstance(value, CsvText) or value.lstrip()[:1] != "[":
+    if not isinstance(value, str) or not (value[:1] == "[" or value[:1].isspace()):  # of every row: no copies of long texts
         return value
+    if isinstance(value, CsvText) or value.lstrip()[:1] != "[":
+        return value
+    if _PYTHON.match(value) and not (_SAID.search(value) and re.search(r"\}\s*\]\s*$", value[-99:])):
+        return value  # an answer that only begins like messages
     messages = messages_in(value, field)
     return value if messages is None else messages
 
@@ -56,7 +62,8 @@ def messages_in(text: str, field: str) -> list[Any] | None:
     try:
         found = parse_json(text)
     except (ValueError, TooDeep, RecursionError) as error:
-        if not _MESSAGES.match(text):
+        more = isinstance(error, json.JSONDecodeError) and error.msg.startswith("Extra data")  # after a whole list
+        if more or not _MESSAGES.match(text):
             return None
         cut = f"; a spreadsheet cuts cells at {_LONGEST:,} characters" if len(text) == _LONGEST else ""
         raise BadRow(Cause.INVALID_JSON, f"messages must be valid JSON: {error}{cut}", field=field) from None
@@ -66,4 +73,4 @@ def messages_in(text: str, field: str) -> list[Any] | None:
 
 
 def _is_message(item: Mapping[str, Any]) -> bool:
-    return "role" in item or item.keys() >= {"from", "value"}
+    return ("role" in item and bool(item.keys() & {"content", "tool_calls"})) or item.keys() >= {"from", "value"}

@@ -13,11 +13,12 @@ from dpo_jax.data.columns import check_text, text, without_nulls
 from dpo_jax.data.image_rows import Place
 from dpo_jax.data.pairs import BadRow, Cause, DataError, check_length
 from dpo_jax.data.rendering import Refused, render
-from dpo_jax.data.roles import KNOWN, unknown_role, with_roles
+from dpo_jax.data.roles import KNOWN, names_role, unknown_role, with_roles
 from dpo_jax.data.special_tokens import special_tokens
 from dpo_jax.untrusted import parse_json
 
 Message = dict[str, Any]
+_COLUMNS = ("prompt", "chosen", "rejected", "completion")  # which may also be texts
 MAX_MESSAGES = 10_000
 _SAID = ("name", "reasoning_content", "reasoning", "thinking")
 
@@ -79,16 +80,17 @@ def read_messages(value: Any, field: str, tokenizer: Any) -> list[Message]:
     if len(value) > MAX_MESSAGES:
         raise BadRow(Cause.TOO_LONG, f"{len(value):,} messages, but the limit is {MAX_MESSAGES:,}", field=field)
     if all(isinstance(message, str) for message in value):
-        detail = f"expected a list of messages, got a list of texts; --data.columns {field}={field}.0 reads the first one"
-        raise BadRow(Cause.WRONG_TYPE, detail, field=field)
-    return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(with_roles(value))]
+        remedy = ("to read the first one", {field: f"{field}.0"}) if field in _COLUMNS else None
+        raise BadRow(Cause.WRONG_TYPE, "expected a list of messages, got a list of texts", field=field, remedy=remedy)
+    turns = with_roles(value, source_of(tokenizer))
+    return [_message(message, f"{field}.{index}", tokenizer) for index, message in enumerate(turns)]
 
 
 def _message(message: Any, place: str, tokenizer: Any) -> Message:
     if not isinstance(message, Mapping):
         raise BadRow(Cause.WRONG_TYPE, f"expected a message, got {type(message).__name__}", field=place)
     role = text(message, "role", inside=f"{place}.")
-    if role not in KNOWN and not re.search(rf"(['\"]){re.escape(role)}\1", source_of(tokenizer)):
+    if role not in KNOWN and not names_role(source_of(tokenizer), role):
         raise unknown_role(role, field=f"{place}.role")
     # parquet gives every message every key that any message has
     kept = {key: item for key, item in message.items() if item is not None}

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import enum
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, overload
 
 from dpo_jax.data.terminal import printable
@@ -112,13 +112,18 @@ class Preference:
 
 
 class BadRow(Unreadable):
-    """An unusable row: `cause`, the `field` at fault ("" for the whole row) and a readable `detail`."""
+    """An unusable row: `cause`, the `field` at fault ("" for the whole row) and a readable `detail`.
 
-    def __init__(self, cause: Cause, detail: str, *, field: str = "") -> None:
+    A `remedy` is what to do, with the columns to map for it; `ColumnMap.named` writes it as an option.
+    """
+
+    def __init__(
+        self, cause: Cause, detail: str, *, field: str = "", remedy: tuple[str, Mapping[str, str]] | None = None
+    ) -> None:
         # Both may quote the data, which may be very long, or contain lone surrogates, which cannot be encoded.
         detail, field = _shortened(detail, 240), _shortened(field, 80)
         super().__init__(f"{field}: {cause}: {detail}" if field else f"{cause}: {detail}")
-        self.cause, self.detail, self.field = cause, detail, field
+        self.cause, self.detail, self.field, self.remedy = cause, detail, field, remedy
 
 
 class DataError(Unreadable):

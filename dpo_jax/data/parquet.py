@@ -151,7 +151,8 @@ def _type(kind: Any) -> ColumnType:
         return "text"
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind):
         return "number"
-    if (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _type(kind.value_type) == "number":
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if lists and _type(kind.value_type) == "number":
         return "numbers"
     return "other"
 

@@ -12,7 +12,7 @@ _SIDES = ("chosen", "rejected", "completion", "completions", "response_0", "resp
 
 
 class RepeatedPrompts:
-    """Removes the prompt from the beginning of completions if at least half of the first rows repeat it there.
+    """Removes the prompt from the beginning of completions if all first rows repeat it there, or nine in ten of at least ten.
 
     Conversations stay as they are.
     """
@@ -21,11 +21,12 @@ class RepeatedPrompts:
         reads = FORMATS[format].reads
         self._sides = [name for name in _SIDES if name in reads] if "prompt" in reads else []
         found = [repeats for row in first if (repeats := self._repeats(row)) is not None and not self._is_only_prompt(row)]
-        self._removed = 2 * sum(found) >= len(found) > 0
+        self._share = f"{sum(found)} of the first {len(found)} rows"
+        self._removed = bool(found) and (all(found) or (len(found) >= 10 and 10 * sum(found) >= 9 * len(found)))
         self.rows = self.count = 0  # rows of texts, and those that repeat their prompt
 
     def row(self, row: Row) -> Row:
-        """The row, with its prompt once. Raises `BadRow` for a row that does not repeat its prompt although most do."""
+        """The row, with its prompt once. Raises `BadRow` for a row that does not repeat its prompt although others do."""
         repeats = self._repeats(row)
         if repeats is None:
             return row
@@ -34,7 +35,7 @@ class RepeatedPrompts:
         if not self._removed:
             return row
         if not repeats:
-            detail = "most rows repeat their prompt in the completions, where it is removed, but this one does not"
+            detail = f"{self._share} repeat their prompt in the completions, where it is removed, but this one does not"
             raise BadRow(Cause.DIFFERENT_PROMPTS, f"{detail}; write all rows alike", field=", ".join(self._sides))
         return {**row, **{name: _without(row[name], row["prompt"]) for name in self._sides}}
 

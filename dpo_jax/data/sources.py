@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from dpo_jax.data import message_texts
-from dpo_jax.data.beside import Unread, notes_on, suspects, unread_columns
+from dpo_jax.data.beside import Unread, lists_of_other_lengths, notes_on, suspects, unread_columns
 from dpo_jax.data.column_map import ColumnMap
 from dpo_jax.data.columns import ColumnType, Row, shown_names
 from dpo_jax.data.files import check_head, read_rows
@@ -40,7 +40,7 @@ from dpo_jax.data.repeated_prompts import RepeatedPrompts
 from dpo_jax.data.row_kinds import Wanted, check_kind, check_ranking_lengths, preferences_of, split_pairs
 from dpo_jax.data.splits import find_files
 from dpo_jax.data.tfds_folder import tfds_folders
-from dpo_jax.data.unread import remedy_for_lists, suggestion
+from dpo_jax.data.unread import is_metadata, remedy_for_lists, suggestion
 
 __all__ = ["PreferenceSet", "load_preferences", "peek"]
 
@@ -246,6 +246,7 @@ class _Reading:
         self.hint: str | None = None  # how rows that were detected as prompts alone may state preferences
         self.repeated: RepeatedPrompts | None = None  # None: no format is known
         self._seen: set[tuple[str, ...]] = set()
+        self._no_orders: set[str] = set()  # columns of lists that do not order a ranking
 
     def rows(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
         """The rows of all files, after the format is detected from the first 100 (fewer if they are large, as they are kept in
@@ -262,6 +263,7 @@ class _Reading:
             self._detect(sample)
             self.hint = self._hint(sample[0][1]) if self.report.format == "prompts" else None
         if self.report.format != "auto":
+            self._no_orders = lists_of_other_lengths([row for _, row in sample])
             found = [(where, unread) for where, row in sample if (unread := self._unread(row))]
             if 2 * len(found) > len(sample):
                 where, unread = max(found, key=lambda one: len(one[1].names))  # the system text may be blank in some
@@ -281,10 +283,11 @@ class _Reading:
             self.report.notes.append(f"format {name!r}: {count} of the first {len(sample)} readable rows have its columns")
 
     def _hint(self, row: Row) -> str | None:
-        others = [name for name in row if name not in FORMATS["prompts"].reads]
         if remedy := remedy_for_lists(row, self.mapped):
             return remedy
-        return f"if they are in the other columns, write these from them: {shown_names(others)}" if others else None
+        others = [name for name in row if name not in FORMATS["prompts"].reads and not is_metadata(name)]
+        told = f"if other columns hold the completions ({shown_names(others)}), write chosen and rejected from them"
+        return told if others else None
 
     def _readable(self, files: list[tuple[str, Path]]) -> Iterator[tuple[str, Row]]:
         for name, path in files:
@@ -337,7 +340,7 @@ class _Reading:
                 self.reject(where, problem)
 
     def _unread(self, row: Row) -> Unread | None:
-        return unread_columns(row, self.report.format, self.mapped)
+        return unread_columns(row, self.report.format, self.mapped, self._no_orders)
 
     def reject(self, where: str, problem: BadRow) -> None:
         """Counts a row, or a candidate of it, as read and unusable."""

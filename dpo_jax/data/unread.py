@@ -52,7 +52,7 @@ def unread(row: Row, format: str, mapped: ColumnMap) -> list[str]:
     if not row.keys() >= {*FORMATS[format].told_by}:
         return []
     found = _systems(row, mapped, format)
-    if not _infers_prompt(format) or is_filled(row.get("prompt")) or "prompt" in mapped.columns or not _implicit(row):
+    if not _infers_prompt(format) or is_filled(row.get("prompt")) or "prompt" in mapped.columns or not is_implicit(row):
         return found
     others = [name for name in row if name not in reads and name not in found and not is_about(name)]
     return found + [name for name in others if _may_be_prompt(name, row[name])]
@@ -108,7 +108,7 @@ def suggestion(row: Row, mapped: ColumnMap) -> str | None:
     if (
         not is_filled(row.get("prompt"))
         and "prompt" not in mapped.columns
-        and (_implicit(row) or found)
+        and (is_implicit(row) or found)
         and (prompt := _prompt(row))
     ):
         found = {"prompt": prompt} | found
@@ -189,6 +189,11 @@ def is_about(name: str) -> bool:
     return bool(set(words) & (_ABOUT | OTHER_SIDES)) or words[-1:] in (("source",), ("sources",))
 
 
+def is_metadata(name: str) -> bool:
+    """Whether a column is named like a fact about the row: `prompt_id`, `score`; `response` is not."""
+    return bool(set(words_of(name)) & _ABOUT)
+
+
 @functools.lru_cache(maxsize=2**14)
 def is_system(name: str) -> bool:
     words = set(words_of(name))
@@ -197,7 +202,7 @@ def is_system(name: str) -> bool:
 
 def is_filled(value: Any) -> bool:
     """Whether a cell holds a text, or anything in a list or an object."""
-    return bool(value.strip()) if isinstance(value, str) else isinstance(value, list | Mapping) and bool(value)
+    return bool(value.strip()) if isinstance(value, str) else isinstance(value, (list, Mapping)) and bool(value)
 
 
 def _may_be_prompt(name: str, value: Any) -> bool:
@@ -214,7 +219,7 @@ def is_messages(value: Any) -> bool:
     return isinstance(value, list) and bool({"role", "from"} & _first(value).keys())
 
 
-def _implicit(row: Row) -> bool:
+def is_implicit(row: Row) -> bool:
     """Whether the prompt must be inferred from chosen and rejected, and no user turn is in them."""
     sides = [row.get(side) for side in ("chosen", "rejected")]
     firsts = [side[0] if isinstance(side, list) and side else side for side in sides]
