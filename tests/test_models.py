@@ -335,6 +335,20 @@ def test_models_of_equal_configuration_share_what_makes_their_variables():
     assert make_model(dataclasses.replace(config, init_std=0.5)).init is not first.init
 
 
+def test_the_weights_of_a_seed_are_those_of_earlier_versions():
+    """How Flax traces the layers decides their random keys: a run from scratch must not depend on that."""
+    sizes = {"vocab_size": 64, "width": 64, "layers": 2, "heads": 8, "max_positions": 64, "eos_token_id": 0}
+    model = make_model(decoder_config(hf_config("llama", kv_heads=4, **sizes)))
+    params = jax.jit(model.init)(jax.random.key(0))["params"]
+    layers = params["layers"]
+    for found, expected in (
+        (layers["attention"]["query"]["kernel"][1, 0], (0.02548288, -0.01422533, -0.02719252)),
+        (layers["mlp"]["down"]["kernel"][0, 0], (-0.0047015, 0.00458104, -0.00520991)),
+        (params["token_embedding"][0], (0.00152285, -0.03231492, -0.03371545)),
+    ):
+        np.testing.assert_allclose(found[:3], expected, rtol=1e-5)
+
+
 def test_initial_predictions_are_nearly_uniform():
     hf = hf_config("gpt_neox", vocab_size=50, width=16, layers=2, heads=2, max_positions=16, eos_token_id=0)
     model = make_model(decoder_config(hf))

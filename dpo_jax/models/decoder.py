@@ -67,7 +67,8 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            check_constancy_invariants=False,  # the check would trace the layer a second time
+            # The check traces the layer a second time. In `init` that moves the random keys: weights of a seed stay as they were.
+            check_constancy_invariants=self.is_initializing(),
         )(c, self._path())
         self.final_norm = Norm(c.norm, c.norm_eps)
         if not c.tied:
