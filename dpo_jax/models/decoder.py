@@ -67,7 +67,7 @@ class Decoder(nn.Module):
             in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
-            # The check traces the layer a second time. In `init` that moves the random keys: weights of a seed stay as they were.
+            # It traces the layer a second time. In `init` that moves the random keys: a seed keeps its weights.
             check_constancy_invariants=self.is_initializing(),
         )(c, self._path())
         self.final_norm = Norm(c.norm, c.norm_eps)
