@@ -237,6 +237,7 @@ LONG = {
         "test_no_name_of_a_curve",
         "test_a_dpo_run_has_every_panel",
     ),
+    "pod_faults": ("test_a_run_that_lost_a_host_starts_again_on_the_same_slice[9",),
     "pods": (
         "test_a_worker_that_does_not_answer_may_be_the_one_that_failed[999",
         "test_a_preempted_slice_is_asked_for_again_and_the_run_continues[notice",
