@@ -63,10 +63,11 @@ def _lead(cpl: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]])
     seeds alone (Student's t), and None for one seed."""
     pairs = list(zip(cpl, others, strict=True))
     if all("episodes" in point for pair in pairs for point in pair):
-        apart = {n: np.array(one["episodes"]) - np.array(other["episodes"]) for n, (one, other) in enumerate(pairs)}
-        found = mean_gain(apart, seed=0) or {}
+        gains = {n: np.array(one["episodes"]) - np.array(other["episodes"]) for n, (one, other) in enumerate(pairs)}
+        found = mean_gain(gains, seed=0) or {}
         return {f"return{end}": found[end] for end in ("", "_low", "_high")} | {"over": BOTH}
-    points = [dict.fromkeys(("x", "x_low", "x_high"), one["return"] - other["return"]) for one, other in pairs]
+    apart = [float(one["return"] - other["return"]) for one, other in pairs]
+    points = [{"x": value, "x_low": value, "x_high": value} for value in apart]
     found = {**over_seeds(points, "x"), **(dict.fromkeys(("_low", "_high")) if len(points) == 1 else {})}
     return {f"return{end}": value for end, value in found.items()} | {"over": SEEDS}
 

@@ -153,7 +153,8 @@ def at_equal_kl(results: Sequence[Result], optimum: Optimum) -> list[dict[str, A
             mixed = [_mixed(points, at, base) for points in mine if at <= max(point["kl"] for point in points)]
             rewards = over_seeds(mixed, "reward") if mixed else dict.fromkeys(("", "_low", "_high"), math.nan)
             missed = missed_share(np.array([*rewards.values()]), at, optimum, base) if at <= optimum.reach else [math.nan] * 3
-            shares = _with_optimum(*(1 - float(x) for x in missed), *best[at])
+            share, low, high = (1 - float(x) for x in missed)
+            shares = _with_optimum(share, low, high, *best[at])
             row: dict[str, Any] = {"method": method, "kl": at, "seeds": len(mixed)}
             for (end, reward), share in zip(rewards.items(), shares, strict=True):
                 row |= {f"reward{end}": _known(reward), f"share_of_gain{end}": _known(share)}
@@ -206,7 +207,7 @@ def summary(results: Sequence[Result], optimum: Optimum) -> str:
     several = ", ".join(f"{method} {count}" for method, count in seeds.items() if count > 1)
     brackets = "in brackets: share of the optimum's gain over the reference, with its 95 % interval over prompts"
     brackets += f" and seeds (Student's t; seeds: {several})" if several else ""
-    brackets += ", those of the optimum too; KLs and the reference are taken as exact"
+    brackets += "; it covers the error of the optimum, and takes KLs and the reference as exact"
     counts = "beside a method: policies measured per seed, of which the table takes the best; with more, luck counts for more"
     return "\n".join([*lines, brackets, counts, *_shifted(results, optimum)])
 
