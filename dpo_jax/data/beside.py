@@ -62,7 +62,9 @@ def lists_of_other_lengths(rows: Sequence[Row]) -> set[str]:
     alike: dict[str, list[bool]] = {}
     for row in rows:
         several = row.get("completions")
-        for name, value in row.items() if isinstance(several, list) else ():
+        if not isinstance(several, list):
+            continue
+        for name, value in row.items():
             if isinstance(value, list) and value:
                 alike.setdefault(name, []).append(len(value) == len(several))
     return {name for name, found in alike.items() if 2 * sum(found) <= len(found)}

@@ -53,7 +53,9 @@ def start(
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
     num_processes = _from_environment("JAX_NUM_PROCESSES") if num_processes is None else num_processes
     process_id = _from_environment("JAX_PROCESS_ID") if process_id is None else process_id
-    join_seconds = _from_environment("DPO_JAX_JOIN_SECONDS") if os.environ.get("DPO_JAX_JOIN_SECONDS") else JOIN_SECONDS
+    join_seconds = JOIN_SECONDS
+    if os.environ.get("DPO_JAX_JOIN_SECONDS"):
+        join_seconds = _from_environment("DPO_JAX_JOIN_SECONDS") or JOIN_SECONDS
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if 0 < len(missing) < 3:
